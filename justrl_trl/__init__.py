@@ -1,0 +1,22 @@
+"""JustRL (arXiv 2512.16649) on the Hugging Face stack. Public names; each is imported when first used, so that the small
+helper processes of this package (server guard, vLLM plugin) do not pay for torch and TRL."""
+
+from importlib import import_module
+
+_PUBLIC = {
+    "JustRLConfig": "justrl_trl.config",
+    "JustRLTrainer": "justrl_trl.trainer",
+    "dapo_reward": "justrl_trl.rewards",
+    "dapo_score": "justrl_trl.rewards",
+    "group_advantages": "justrl_trl.advantage",
+    "load_problems": "justrl_trl.data",
+    "overlong_penalty": "justrl_trl.rewards",
+    "policy_loss": "justrl_trl.loss",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'justrl_trl' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    return getattr(import_module(_PUBLIC[name]), name)

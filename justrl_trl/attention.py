@@ -1,0 +1,62 @@
+"""Attention that stays inside each sequence of a packed row, on every machine.
+
+GPU: FlashAttention's varlen kernel, told the boundaries explicitly. Elsewhere: PyTorch's SDPA, sequence by sequence, so a row
+of T tokens costs the sum of the squared lengths and never a T x T mask.
+"""
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+PACKED_SDPA = "justrl_packed_sdpa"
+
+
+def packed_sdpa(module, query, key, value, attention_mask, packed_lengths: list[int] | None = None, **kwargs):
+    """Causal SDPA within each of `packed_lengths`; without them, transformers' own SDPA (evaluation, probes).
+
+    Args:
+        query, key, value: `(1, heads, T, head_dim)`.
+        packed_lengths: tokens of each sequence in the row; they sum to T.
+
+    Returns:
+        `(1, T, heads, head_dim)` and None, as transformers expects.
+    """
+    if packed_lengths is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    pieces = [
+        sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]
+        for q, k, v in zip(*(t.split(packed_lengths, dim=2) for t in (query, key, value)), strict=True)
+    ]
+    return torch.cat(pieces, dim=1), None
+
+
+AttentionInterface.register(PACKED_SDPA, packed_sdpa)
+AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Switch `model` to an attention that understands packed rows; FlashAttention is left as it is."""
+    if not model.config._attn_implementation.startswith(("flash_attention", "kernels-community")):
+        model.set_attn_implementation(PACKED_SDPA)
+
+
+def packed_arguments(model: PreTrainedModel, lengths: list[int], device: torch.device) -> dict:
+    """Keyword arguments of `model(...)` that tell its attention where sequences of a packed row begin and end."""
+    if model.config._attn_implementation == PACKED_SDPA:
+        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise ValueError(
+                f"The model has attention layers of kinds {sorted(kinds)}; packed rows without FlashAttention support full "
+                "attention only. Install flash-attn and set attn_implementation: flash_attention_2."
+            )
+        # transformers leaves a 4-D mask as it is instead of building T x T; `packed_sdpa` does not look at it
+        return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), "packed_lengths": lengths}
+    boundaries = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    return {
+        "attention_mask": None,
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }

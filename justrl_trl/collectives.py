@@ -1,0 +1,56 @@
+"""Two things that ranks say to each other besides gradients: ragged token lists, and "I failed, so we all stop"."""
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list
+
+
+def gather_ragged(rows: list[list[int]], accelerator: Accelerator) -> list[list[int]]:
+    """All ranks' rows in rank order, on every rank. Every rank must hold the same number of rows.
+
+    Two gathers of flat int32 tensors: lengths, then tokens padded to the longest rank.
+    """
+    if accelerator.num_processes == 1:
+        return rows
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int32, device=accelerator.device)
+    all_lengths = accelerator.gather(lengths).view(accelerator.num_processes, len(rows))  # (ranks, rows)
+    totals = all_lengths.sum(dim=1).tolist()
+    flat = torch.zeros(max(totals), dtype=torch.int32, device=accelerator.device)
+    flat[: totals[accelerator.process_index]] = torch.tensor([t for row in rows for t in row], dtype=torch.int32)
+    tokens = accelerator.gather(flat).view(accelerator.num_processes, -1).cpu()
+    return [
+        row.tolist()
+        for rank, total in enumerate(totals)
+        for row in tokens[rank, :total].split(all_lengths[rank].tolist())
+    ]
+
+
+def broadcast_ragged(rows: list[list[int]] | None, count: int, accelerator: Accelerator) -> list[torch.Tensor]:
+    """Rank 0's `count` rows as int32 CPU tensors on every rank: lengths first, then one flat tensor.
+
+    Args:
+        rows: the token lists on rank 0, ignored elsewhere.
+        count: number of rows, known to all ranks.
+    """
+    lengths = torch.zeros(count, dtype=torch.int32, device=accelerator.device)
+    if accelerator.is_main_process:
+        lengths.copy_(torch.tensor([len(row) for row in rows], dtype=torch.int32))
+    lengths = broadcast(lengths).tolist()
+    flat = torch.zeros(sum(lengths), dtype=torch.int32, device=accelerator.device)
+    if accelerator.is_main_process:
+        flat.copy_(torch.tensor([t for row in rows for t in row], dtype=torch.int32))
+    return list(broadcast(flat).cpu().split(lengths))
+
+
+def raise_together(error: Exception | None, accelerator: Accelerator) -> None:
+    """Raise on every rank what went wrong on rank 0, so that no rank waits in a collective for one that has gone.
+
+    Args:
+        error: rank 0's exception or None; ignored on other ranks.
+    """
+    if accelerator.is_main_process and error is not None:
+        broadcast_object_list([f"{type(error).__name__}: {error}"])
+        raise error
+    message = broadcast_object_list([None])[0]
+    if message is not None:
+        raise RuntimeError(f"rank 0 stopped the run: {message}")

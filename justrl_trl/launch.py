@@ -1,0 +1,201 @@
+"""What the launch line does before there is a trainer: read arguments, find model and data, start or check the server."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset
+from trl import ModelConfig, TrlParser
+
+from justrl_trl.config import JustRLConfig
+from justrl_trl.data import (
+    DataError,
+    DataReport,
+    load_problems,
+    prepare_problems,
+    split_heldout,
+    to_training_dataset,
+)
+from justrl_trl.rollout import RolloutClient
+from justrl_trl.server import ManagedServer, ServerError, ServerSpec, check_compiler, pick_hardware
+from justrl_trl.tiny import ARITHMETIC, TINY_BASE, arithmetic_problems
+
+DEFAULT_RECIPE = Path("recipes/tiny.yaml")
+
+
+@dataclass
+class RunArguments:
+    """What to train on. Names are TRL's where TRL has one."""
+
+    dataset_name: str = field(
+        default="BytedTsinghua-SIA/DAPO-Math-17k",
+        metadata={"help": "Hub id, local .parquet/.jsonl/.json file or folder, or embedded:arithmetic."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Commit of a Hub dataset; pin it for a paper."})
+    heldout_dataset_name: str | None = field(
+        default=None, metadata={"help": "Problems to sample before and after training, in any format of dataset_name."}
+    )
+    heldout_size: int = field(
+        default=0, metadata={"help": "Without heldout_dataset_name: so many training problems are held out instead."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Print the resolved configuration and the plan, then exit."})
+
+
+@dataclass
+class TrainingData:
+    """Prompts ready for the trainer, and what happened on the way there."""
+
+    train: Dataset
+    heldout: Dataset | None
+    report: DataReport
+
+
+def parse(default_recipe: Path) -> tuple[RunArguments, JustRLConfig, ModelConfig]:
+    """Arguments from `--config FILE` and the command line; without any `--config`, from `default_recipe`.
+
+    Raises:
+        ValueError: for an unknown key or a rule that is broken.
+        SystemExit: for an unknown option (argparse).
+    """
+    argv = sys.argv[1:]
+    # an option is --config FILE for TrlParser, which does not know the --config=FILE spelling
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if "--config" not in argv:
+        argv = ["--config", str(default_recipe), *argv]
+    path = Path(argv[argv.index("--config") + 1])
+    if not path.is_file():
+        raise ValueError(f"--config {path}: there is no such file. Recipes are in recipes/*.yaml.")
+    parser = TrlParser((RunArguments, JustRLConfig, ModelConfig))
+    run, training, model = parser.parse_args_and_config(argv)
+    if not model.model_name_or_path:
+        raise ValueError("model_name_or_path is not set: give a Hub id, a local folder, or embedded:tiny-base.")
+    return run, training, model
+
+
+def resolve_model(model: ModelConfig, training: JustRLConfig) -> str:
+    """Path or Hub id of the model; the embedded one is built on first use, once per machine, in a process of its own
+    (ZeRO-3's initialisation hooks must not see it)."""
+    if model.model_name_or_path != TINY_BASE:
+        return model.model_name_or_path
+    with training.distributed_state.local_main_process_first():
+        launcher = ("ACCELERATE_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_")
+        env = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
+        build = [sys.executable, "-m", "justrl_trl.tiny"]
+        built = subprocess.run(build, env=env, check=True, stdout=subprocess.PIPE, text=True)
+    return built.stdout.strip().splitlines()[-1]
+
+
+def load_data(run: RunArguments, training: JustRLConfig, tokenizer) -> TrainingData:
+    """Load, check, deduplicate, hold out, template.
+
+    Raises:
+        DataError: with names, row numbers and the remedy.
+    """
+    with training.distributed_state.local_main_process_first():
+        problems = _load(run.dataset_name, run.dataset_config, run.dataset_train_split, run.dataset_revision, "train")
+        problems, report = prepare_problems(problems)
+        heldout = None
+        if run.heldout_dataset_name:
+            heldout, _ = prepare_problems(_load(run.heldout_dataset_name, None, "test", None, "heldout"))
+        elif run.heldout_size:
+            problems, heldout = split_heldout(problems, run.heldout_size, training.seed)
+        kwargs = training.chat_template_kwargs
+        train, report = to_training_dataset(problems, tokenizer, training.max_prompt_length, kwargs, report)
+        if heldout is not None:
+            heldout, _ = to_training_dataset(heldout, tokenizer, training.max_prompt_length, kwargs)
+    if len(train) < training.prompts_per_rollout_step:
+        raise DataError(
+            f"{run.dataset_name}: {len(train)} prompts are fewer than the {training.prompts_per_rollout_step} of one rollout "
+            f"step (generation_batch_size {training.generation_batch_size} / num_generations {training.num_generations}). "
+            "Use a smaller generation_batch_size or more data."
+        )
+    return TrainingData(train, heldout, report)
+
+
+def _load(name: str, config: str | None, split: str, revision: str | None, part: str) -> Dataset:
+    if name == ARITHMETIC:
+        rows = arithmetic_problems(part)
+        return Dataset.from_list([{**row, "row": i} for i, row in enumerate(rows)])
+    return load_problems(name, config, split, revision)
+
+
+def start_server(model: str, training: JustRLConfig, revision: str | None, log_path: Path) -> ManagedServer:
+    """Start the managed server of this machine; returns at once (see `ManagedServer.wait`)."""
+    check_compiler()
+    hardware = pick_hardware(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count())
+    spec = ServerSpec(
+        model=model,
+        revision=revision,
+        dtype=training.server_dtype,
+        max_model_len=training.vllm_max_model_length,
+        host=training.vllm_server_host,
+        port=training.vllm_server_port,
+        max_num_seqs=training.server_max_num_seqs,
+        kv_cache_bytes=training.server_kv_cache_mib << 20,
+        gpu_memory_utilization=training.vllm_gpu_memory_utilization,
+        seed=training.seed,
+        log_path=log_path,
+        **hardware,
+    )
+    return ManagedServer(spec)
+
+
+def connect(url: str, key: str | None, model: str, training: JustRLConfig) -> RolloutClient:
+    """A client of a healthy server that serves this model, at sufficient length, with weight transfer on.
+
+    Raises:
+        ServerError: which of these is not so, and what to do.
+    """
+    client = RolloutClient(url, key, request_seconds=training.request_timeout)
+    config = client.vllm_config()
+    served, length = config["model_config"]["model"], config["model_config"]["max_model_len"]
+    if _canonical(served) != _canonical(model):
+        raise ServerError(
+            f"The server at {url} serves {served!r}, the trainer trains {model!r}. Weights of one do not fit the other: start "
+            f"the server with --model {model}, or train with --model_name_or_path {served}."
+        )
+    if length < training.vllm_max_model_length:
+        raise ServerError(
+            f"The server at {url} holds sequences of {length} tokens, the recipe needs {training.vllm_max_model_length} "
+            f"(prompt + response). Start it with --max-model-len {training.vllm_max_model_length}."
+        )
+    if not config.get("weight_transfer_config"):
+        raise ServerError(
+            f"The server at {url} was started without weight transfer. Add --weight-transfer-config "
+            "'{\"backend\": \"justrl_gloo\"}' (or nccl on a GPU of its own)."
+        )
+    return client
+
+
+def _canonical(model: str) -> str:
+    return os.path.realpath(model) if os.path.isdir(model) else model
+
+
+@contextlib.contextmanager
+def one_paragraph_errors():
+    """Mistakes in the input end the run with one paragraph and status 2 instead of a traceback per rank."""
+    try:
+        yield
+    except (ValueError, ServerError, OSError) as error:
+        if os.environ.get("JUSTRL_TRACEBACK"):
+            raise
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"\nerror: {error}\n(JUSTRL_TRACEBACK=1 shows where.)", file=sys.stderr, flush=True)
+        else:
+            time.sleep(3)  # the first rank to exit has the others terminated: let rank 0 speak
+        sys.exit(2)
+
+
+def quiet_libraries() -> None:
+    """Warnings of rank 0 only, so that the plan is not buried."""
+    transformers.utils.logging.disable_progress_bar()
+    if int(os.environ.get("RANK", 0)):
+        transformers.utils.logging.set_verbosity_error()

@@ -1,0 +1,202 @@
+"""The client side of one vLLM server: ask for rollouts, score fixed tokens, and drive a weight update.
+
+One request per prompt, so that a response comes back when it is done and not when the slowest of 2,048 is, and a deadline on
+every call, so that no server can hang the trainer. Token ids both ways: what the server sampled is what is trained on, with
+no second tokenisation in between.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+
+import requests
+from requests.adapters import HTTPAdapter
+
+from justrl_trl.server import ServerError
+from justrl_trl.server_auth import KEY_VARIABLE
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Sampling of one call, all of it explicit: a server otherwise fills gaps from the model's generation_config.json.
+
+    Attributes:
+        n: responses per prompt.
+        max_tokens: response tokens at most.
+        temperature, top_p, top_k, min_p, repetition_penalty: as in vLLM; top_k 0 keeps every token.
+        stop_token_ids: tokens that end a response (kept as its last token).
+        seed: base seed; prompt i of a call uses seed + i.
+    """
+
+    n: int
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    repetition_penalty: float
+    stop_token_ids: tuple[int, ...]
+    seed: int
+
+
+class RolloutClient:
+    """HTTP client of one server; used on rank 0 only.
+
+    Args:
+        url: base URL of the server.
+        key: key of the server; default: environment variable `JUSTRL_SERVER_KEY`.
+        connect_seconds: deadline for a connection.
+        request_seconds: deadline for the answer to one request: a whole response of `max_completion_length` tokens.
+        concurrency: prompts in flight at the same time.
+
+    Raises:
+        ServerError: from every method, when the server is gone, answers an error, or answers nonsense.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        key: str | None = None,
+        *,
+        connect_seconds: float = 10.0,
+        request_seconds: float = 3600.0,
+        concurrency: int = 256,
+    ):
+        self.url = url.rstrip("/")
+        self._deadlines = (connect_seconds, request_seconds)
+        self._concurrency = concurrency
+        self._session = requests.Session()
+        self._session.trust_env = False  # no proxy between trainer and server
+        self._session.headers["Authorization"] = f"Bearer {key or os.environ.get(KEY_VARIABLE, '')}"
+        self._session.mount("http://", HTTPAdapter(pool_maxsize=concurrency))
+        self._session.mount("https://", HTTPAdapter(pool_maxsize=concurrency))
+        self._model: str | None = None
+
+    # -- asking -------------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: list[list[int]],
+        sampling: Sampling,
+        on_done: Callable[[int], None] = lambda tokens: None,
+    ) -> list[list[int]]:
+        """Sample `n` responses for each prompt.
+
+        Args:
+            prompts: token ids of each prompt.
+            sampling: see `Sampling`.
+            on_done: called once per finished prompt with the number of tokens it brought.
+
+        Returns:
+            `len(prompts) * n` lists of response token ids, the n of a prompt side by side, in the order of `prompts`.
+        """
+        responses: list[list[list[int]]] = [[] for _ in prompts]
+        with ThreadPoolExecutor(max_workers=min(self._concurrency, max(len(prompts), 1))) as pool:
+            futures = {pool.submit(self._sample, ids, sampling, i): i for i, ids in enumerate(prompts)}
+            try:
+                for future in as_completed(futures):
+                    responses[futures[future]] = future.result()
+                    on_done(sum(map(len, future.result())))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return [ids for group in responses for ids in group]
+
+    def _sample(self, prompt: list[int], sampling: Sampling, index: int) -> list[list[int]]:
+        body = {
+            "model": self.model,
+            "prompt": prompt,
+            "n": sampling.n,
+            "max_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
+            "stop_token_ids": list(sampling.stop_token_ids),
+            "seed": (sampling.seed + index) % 2**31,
+            "return_token_ids": True,
+        }
+        choices = self._call("POST", "/v1/completions", body).get("choices", [])
+        responses = [choice.get("token_ids") for choice in sorted(choices, key=lambda choice: choice["index"])]
+        if len(responses) != sampling.n or not all(responses):
+            raise ServerError(
+                f"The server at {self.url} answered {len(responses)} responses, some of them perhaps empty, where {sampling.n} "
+                "were asked for. Trainer and server must run the pinned vLLM; see its log."
+            )
+        return responses
+
+    def prompt_logprobs(self, ids: list[int]) -> list[float]:
+        """Log-probability of each token but the first given those before it: `len(ids) - 1` floats, temperature 1."""
+        body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
+        choice = self._call("POST", "/v1/completions", body)["choices"][0]
+        return [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], choice["prompt_logprobs"][1:], strict=True)]
+
+    # -- knowing ------------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> str:
+        """Name under which the server serves its one model."""
+        if self._model is None:
+            self._model = self._call("GET", "/v1/models")["data"][0]["id"]
+        return self._model
+
+    def vllm_config(self) -> dict:
+        """The server's resolved configuration, as vLLM's `/server_info` tells it."""
+        return self._call("GET", "/server_info?config_format=json")["vllm_config"]
+
+    def world_size(self) -> int:
+        """Workers behind this server (tensor x pipeline x data parallel)."""
+        return int(self._call("GET", "/get_world_size")["world_size"])
+
+    def weight_version(self) -> str:
+        """The version stamped by the last finished push; `default` for weights from disk."""
+        return self._call("GET", "/weight_info")["weight_version"]
+
+    # -- telling ------------------------------------------------------------------------------------------------------
+
+    def init_weight_transfer_engine(self, init_info: dict) -> None:
+        """Let the workers join the trainer's group; returns when they have."""
+        self._call("POST", "/init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._call("POST", "/start_weight_update", {})
+
+    def update_weights(self, update_info: dict) -> None:
+        """Let the workers receive; returns when they have everything."""
+        self._call("POST", "/update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Let the workers use what they received, stamp it, and forget every KV block of the old weights."""
+        self._call("POST", "/finish_weight_update", {"weight_version": weight_version})
+        self._call("POST", "/reset_prefix_cache")
+
+    def _call(self, method: str, path: str, body: dict | None = None) -> dict:
+        where = f"{self.url}{path.split('?')[0]}"
+        try:
+            answer = self._session.request(method, self.url + path, json=body, timeout=self._deadlines)
+        except requests.Timeout as error:
+            raise ServerError(
+                f"{where} did not answer within {self._deadlines[1]:.0f} s. The server hangs or is overloaded: see its log."
+            ) from error
+        except requests.RequestException as error:
+            raise ServerError(
+                f"{where} cannot be reached ({type(error).__name__}). The rollout server has died or was never there: see "
+                "its log (for a managed server: vllm_server.log in the run folder)."
+            ) from error
+        if answer.status_code != 200:
+            raise ServerError(f"{where} answered {answer.status_code}: {_reason(answer)}")
+        return answer.json() if answer.content else {}
+
+
+def _reason(answer: requests.Response) -> str:
+    """The server's own words, with the remedy for the three ways in which a server is set up wrong."""
+    text = answer.text.strip()[:500]
+    if answer.status_code == 401:
+        return f"{text} The key of the server and {KEY_VARIABLE} of the trainer differ."
+    if answer.status_code == 404 and "/v1/" not in answer.url:
+        return "the weight routes are off. Start the server with VLLM_SERVER_DEV_MODE=1 in its environment."
+    if "weight_transfer_config" in text:
+        return "weight transfer is off. Start the server with --weight-transfer-config '{\"backend\": \"justrl_gloo\"}'."
+    return text

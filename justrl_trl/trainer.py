@@ -1,0 +1,421 @@
+"""`JustRLTrainer`: TRL's `GRPOTrainer` with the JustRL training step and rollouts from a vLLM server.
+
+One rollout step, top to bottom in this file: sample responses on the server, score them, turn rewards into advantages, take
+`steps_per_generation` optimizer steps over packed micro-batches, push the weights, prove the push. What TRL already does
+(prompt sampling, reward functions, shuffling into optimizer steps, logging, checkpoints, Hub) stays TRL's.
+
+Overridden private methods of TRL 1.16.0: `_generate_single_turn`, `_generate_and_score_completions`, `_calculate_rewards`,
+`_get_per_token_logps_and_entropies`, `training_step`. `tests/unit/test_upstream.py` pins their signatures.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from datasets import Dataset
+from torch.optim.lr_scheduler import LambdaLR
+from tqdm import tqdm
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from justrl_trl.advantage import group_advantages
+from justrl_trl.attention import packed_arguments, use_packed_attention
+from justrl_trl.collectives import broadcast_ragged, gather_ragged, raise_together
+from justrl_trl.config import JustRLConfig
+from justrl_trl.loss import normalize, policy_loss
+from justrl_trl.metrics import STEP_SUMS, rollout_metrics, step_metrics, step_sums
+from justrl_trl.packing import PackedRow, Sequence, deal, micro_batches_needed, pack, unpad
+from justrl_trl.rewards import dapo_reward
+from justrl_trl.rollout import RolloutClient, Sampling
+from justrl_trl.server import ServerError
+from justrl_trl.weight_sync import WeightSync
+
+
+class JustRLTrainer(GRPOTrainer):
+    """GRPO as JustRL runs it.
+
+    Args:
+        model: Hub id, local folder or model instance (fp32; bf16 is a matter of autocast and DeepSpeed).
+        args: `JustRLConfig`.
+        train_dataset: columns `prompt` (conversation) and whatever `reward_funcs` read, `solution` for the default.
+        client: rank 0's `RolloutClient` of a healthy server; None on the other ranks.
+        heldout_dataset: same columns; sampled before and after training, never trained on.
+        reward_funcs, processing_class, callbacks, peft_config: as in TRL.
+    """
+
+    _tag_names = ["trl", "grpo", "justrl"]
+    _name = "JustRL"
+
+    def __init__(
+        self,
+        model,
+        args: JustRLConfig,
+        train_dataset: Dataset,
+        client: RolloutClient | None,
+        *,
+        heldout_dataset: Dataset | None = None,
+        reward_funcs: Callable | list[Callable] = dapo_reward,
+        processing_class=None,
+        callbacks: list[TrainerCallback] | None = None,
+        peft_config=None,
+    ):
+        # TRL builds its own vLLM client in its constructor, which wants CUDA and knows no deadline; ours replaces it
+        args.use_vllm = False
+        try:
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                processing_class=processing_class,
+                callbacks=callbacks,
+                peft_config=peft_config,
+            )
+        finally:
+            args.use_vllm = True
+        self.client = client
+        self.heldout_dataset = heldout_dataset
+        self.weight_sync: WeightSync | None = None  # set up with the first push, when the model is sharded
+        self.stage_seconds: dict[str, float] = defaultdict(float)
+        self._rollout_started = time.perf_counter()
+        self._rewards = None  # (B,) of the current rollout step, all ranks
+        self._base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        use_packed_attention(self._base_model)
+        self.model_accepts_loss_kwargs = False
+        self.add_callback(_SyncAfterRolloutStep(self))
+
+    # -- sample -------------------------------------------------------------------------------------------------------
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        """Responses to this rank's prompts (TRL's seam between prompt and completion), from the server, via rank 0.
+
+        Every rank holds each of its prompts `num_generations` times, side by side in rank order; rank 0 asks once for each.
+        """
+        with self.stage("generation"):
+            if images is not None:
+                raise ValueError("The dataset has images; the JustRL recipe is text only.")
+            self._require_current_weights()
+            all_prompts = gather_ragged(prompt_ids, self.accelerator)
+            rows, error = None, None
+            if self.accelerator.is_main_process:
+                try:
+                    rows = self._ask_server(all_prompts[::num_generations], num_generations)
+                except ServerError as caught:
+                    error = caught
+            raise_together(error, self.accelerator)
+            rows = broadcast_ragged(rows, len(all_prompts), self.accelerator)
+            start = self.accelerator.process_index * len(prompt_ids)
+            return [row.tolist() for row in rows[start : start + len(prompt_ids)]], None
+
+    def _ask_server(self, prompts: list[list[int]], n: int, seed_offset: int = 0) -> list[list[int]]:
+        sampling = Sampling(
+            n=n,
+            max_tokens=self.max_completion_length,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=self.top_k,
+            min_p=self.min_p or 0.0,
+            repetition_penalty=self.repetition_penalty,
+            stop_token_ids=tuple(self.eos_token_ids),
+            # no seed twice in a run: rollout steps are 2^16 prompts apart
+            seed=self.args.seed + (self.rollout_step << 16) + seed_offset,
+        )
+        with tqdm(total=len(prompts), desc="generation", unit="prompt", leave=False, disable=None) as bar:
+            tokens = 0
+
+            def on_done(count: int) -> None:
+                nonlocal tokens
+                tokens += count
+                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-3):,.0f} tok/s", refresh=False)
+                bar.update()
+
+            return self.client.generate(prompts, sampling, on_done)
+
+    # -- score --------------------------------------------------------------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs):
+        """TRL's generation and scoring, then the reference's advantages: TRL adds 1e-4 to the deviation, verl 1e-6."""
+        generation_before = self.stage_seconds["generation"]
+        started = time.perf_counter()
+        output = super()._generate_and_score_completions(inputs)
+        elapsed = time.perf_counter() - started
+        self.stage_seconds["scoring"] += elapsed - (self.stage_seconds["generation"] - generation_before)
+        rows = len(output["advantages"])
+        group_size = self.num_generations if self.model.training else self.num_generations_eval
+        groups = torch.arange(len(self._rewards), device=self._rewards.device) // group_size
+        advantages = group_advantages(self._rewards, groups, self.args.advantage_epsilon)
+        start = self.accelerator.process_index * rows
+        output["advantages"] = advantages[start : start + rows]
+        self._logs["advantages"].extend(advantages.tolist())  # a deque of one rollout step: TRL's own values fall out
+        return output
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        """TRL's rewards; the weighted sum of all ranks is kept for the advantages."""
+        per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(dim=1)
+        return per_function
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **unused
+    ):
+        """Old log-probabilities (TRL's scoring pass and its evaluation), packed instead of padded.
+
+        Returns:
+            `(B, logits_to_keep)` log-probabilities and, if asked for, entropies, 0 on padding; and no auxiliary loss.
+        """
+        prompt_width = input_ids.size(1) - logits_to_keep
+        sequences = unpad(
+            {
+                "prompt_ids": input_ids[:, :prompt_width],
+                "prompt_mask": attention_mask[:, :prompt_width],
+                "completion_ids": input_ids[:, prompt_width:],
+                "completion_mask": attention_mask[:, prompt_width:],
+            }
+        )
+        logps = torch.zeros(len(sequences), logits_to_keep, device=input_ids.device)
+        entropies = torch.zeros_like(logps)
+        for part in self._plan_micro_batches(sequences)[0]:
+            outputs = self._forward(model, pack([sequences[i] for i in part], input_ids.device))
+            counts = [sequences[i].response_length for i in part]
+            for i, values, entropy in zip(part, outputs[0].split(counts), outputs[1].split(counts), strict=True):
+                logps[i, : len(values)], entropies[i, : len(values)] = values, entropy
+        if self.model.training and not torch.is_grad_enabled():
+            mask = attention_mask[:, prompt_width:].bool()
+            for name, value in rollout_metrics(entropies, mask, self.accelerator).items():
+                self._metrics["train"][name].append(value)
+        return logps, (entropies if compute_entropy else None), None
+
+    # -- train --------------------------------------------------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """One optimizer step's forward and backward passes (HF calls it once per `global_step`).
+
+        Replaces TRL's, whose micro-batches are padded rows and whose metrics cost six collectives each. Here a micro-batch is
+        a packed row, every rank runs the same number of them, and metrics are reduced once.
+        """
+        model.train()
+        batch = self._prepare_inputs(inputs)  # generates when a new rollout step begins
+        with self.stage("training"):
+            sequences = unpad(batch)
+            parts, totals = self._plan_micro_batches(sequences)
+            sums = torch.zeros(len(STEP_SUMS), device=self.accelerator.device)
+            for number, part in enumerate(parts):
+                with self._accumulating(model, last=number == len(parts) - 1):
+                    loss, partial = self._micro_batch_loss(model, batch, sequences, part, totals)
+                    kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+                    # ranks' gradients are averaged, contributions to the loss are to be summed
+                    self.accelerator.backward(loss * self.accelerator.num_processes, **kwargs)
+                sums += partial
+            metrics, loss = step_metrics(self.accelerator.reduce(sums, "sum"))
+            for name, value in metrics.items():
+                self._metrics["train"][name].append(value)
+        self._step += 1
+        return loss
+
+    def _micro_batch_loss(self, model, batch, sequences, part, totals):
+        row = pack([sequences[i] for i in part], self.accelerator.device)
+        counts = torch.tensor([sequences[i].response_length for i in part], device=self.accelerator.device)
+        logps, _ = self._forward(model, row)  # (N,) response tokens of the row
+        kept = batch["completion_mask"][part].bool()
+        old_logps = batch["old_per_token_logps"][part][kept]
+        advantages = batch["advantages"][part].repeat_interleave(counts)
+        mask = torch.ones_like(logps)  # packed rows hold no padding, and TRL has emptied masked responses
+        per_token = policy_loss(
+            logps, old_logps, advantages, mask, self.epsilon_low, self.epsilon_high, self.args.delta
+        )
+        loss = normalize(
+            per_token,
+            mask,
+            self.args.loss_normalization,
+            sequences_in_micro_batch=len(part),
+            sequences_in_step=totals["sequences"],
+            tokens_in_step=totals["tokens"],
+        )
+        sums = step_sums(loss, logps, old_logps, advantages, mask, self.epsilon_low, self.epsilon_high, self.args.delta)
+        return loss, sums
+
+    def _forward(self, model, row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability and entropy `(N,)` of every response token of a packed row, through TRL's fused head."""
+        extra = packed_arguments(self._base_model, row.lengths, row.input_ids.device)
+        with self.accelerator.autocast():
+            outputs = model(
+                input_ids=row.input_ids, position_ids=row.position_ids, labels=row.labels, fused_lm_head=True, **extra
+            )
+        scored = row.labels[0, 1:] != -100
+        return outputs.log_probs[0][scored], outputs.entropy[0][scored]
+
+    def _plan_micro_batches(self, sequences: list[Sequence]) -> tuple[list[list[int]], dict[str, int]]:
+        """Cut this rank's sequences into as many micro-batches as the neediest rank needs.
+
+        Returns:
+            Index lists, and the step's `sequences` and response `tokens` over all ranks.
+        """
+        lengths = [len(s) for s in sequences]
+        mine = [
+            min(micro_batches_needed(lengths, self.args.max_tokens_per_micro_batch), len(lengths)),
+            sum(s.response_length for s in sequences),
+            len(sequences),
+        ]
+        table = self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device)).cpu()  # (ranks, 3)
+        parts = deal(lengths, int(table[:, 0].max()))
+        return parts, {"tokens": int(table[:, 1].sum()), "sequences": int(table[:, 2].sum())}
+
+    @contextmanager
+    def _accumulating(self, model, last: bool):
+        """Gradients are synchronised (and DeepSpeed steps) with the last micro-batch only."""
+        self.accelerator.gradient_state._set_sync_gradients(last)
+        if last or self.is_deepspeed_enabled:
+            yield
+        else:
+            with self.accelerator.no_sync(model):
+                yield
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Weight decay on every parameter: the reference has one flat group, HF exempts norms and biases."""
+        return [name for name, _ in model.named_parameters()]
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Constant after a linear warm-up that advances once per rollout step (reference: min(1, k / warmup), k from 0)."""
+        if self.lr_scheduler is None:
+            warmup = self.args.warmup_rollout_steps
+
+            def factor(global_step: int) -> float:
+                return min(1.0, self.args.rollout_step(global_step) / warmup) if warmup else 1.0
+
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
+
+    # -- push ---------------------------------------------------------------------------------------------------------
+
+    def push_weights(self) -> None:
+        """Send the policy to the server, read the version back, compare log-probabilities on fixed tokens.
+
+        Raises:
+            ServerError: if the server does not end up with these weights.
+        """
+        with self.stage("sync"):
+            if self.weight_sync is None:
+                self.weight_sync = WeightSync(
+                    self.accelerator,
+                    self.accelerator.unwrap_model(self.model_wrapped),
+                    self.client,
+                    address=self.args.weight_sync_address,
+                    port=self.args.vllm_group_port,
+                    timeout_seconds=self.args.weight_sync_timeout,
+                )
+            self.weight_sync.push(str(self.state.global_step))
+            ids = self._probe_ids()
+            largest, mean = self.weight_sync.gap(ids, self._score(ids))
+        self._metrics["train"]["sync/logprob_gap_max"].append(largest)
+        self._metrics["train"]["sync/logprob_gap_mean"].append(mean)
+        if not largest <= self.args.sync_logprob_gap_limit:
+            raise ServerError(
+                f"After the push of weight version {self.weight_sync.version} trainer and server disagree on the probe tokens: "
+                f"max |difference| of log-probabilities {largest:.3f} (mean {mean:.3f}) > sync_logprob_gap_limit="
+                f"{self.args.sync_logprob_gap_limit}. The server computes with other weights or another dtype than the "
+                "trainer. Check that both run the pinned versions; raise the limit only if the mean is small."
+            )
+
+    @torch.no_grad()
+    def _score(self, ids: list[int]) -> torch.Tensor:
+        """Log-probabilities `(len(ids) - 1,)` of `ids[1:]` under the policy. All ranks call it: a ZeRO-3 forward is a
+        collective. It takes the same way through the model as training does: DeepSpeed loses track of an untied head that is
+        called as a module once and read directly later."""
+        self.model_wrapped.eval()
+        row = pack([Sequence(torch.tensor(ids), prompt_length=1)], self.accelerator.device)
+        logps, _ = self._forward(self.model_wrapped, row)
+        self.model_wrapped.train()
+        return logps
+
+    def _require_current_weights(self) -> None:
+        version = None if self.weight_sync is None else self.weight_sync.version
+        if version != str(self.state.global_step) and self.model.training:
+            raise RuntimeError(f"The server has weight version {version}, the trainer is at {self.state.global_step}.")
+
+    def _probe_ids(self) -> list[int]:
+        """The first training problem with its solution, at most 256 tokens: the same text for the whole run."""
+        row = self.train_dataset[0]
+        ids = self._tokenize_prompts([row["prompt"]])[0][0]
+        answer = self.processing_class(f"\\boxed{{{row.get('solution', '')}}}", add_special_tokens=False)["input_ids"]
+        return [*ids, *answer][:256]
+
+    # -- measure ------------------------------------------------------------------------------------------------------
+
+    @property
+    def rollout_step(self) -> int:
+        """Finished rollout steps."""
+        return self.args.rollout_step(self.state.global_step)
+
+    @contextmanager
+    def stage(self, name: str):
+        """Add the wall time of a stage (generation, scoring, training, sync) to the current rollout step, seconds."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.stage_seconds[name] += time.perf_counter() - started
+
+    def record_stages(self) -> None:
+        """Turn the stage times of the finished rollout step into metrics and start the next one."""
+        now = time.perf_counter()
+        total, self._rollout_started = now - self._rollout_started, now
+        metrics = self._metrics["train"]
+        generated = metrics["completions/mean_length"][-1] * self.args.generation_batch_size
+        for name in ("generation", "scoring", "training", "sync"):
+            metrics[f"seconds/{name}"].append(self.stage_seconds[name])
+        metrics["seconds/total"].append(total)
+        metrics["tokens/generated"].append(generated)
+        metrics["tokens_per_second/generation"].append(generated / max(self.stage_seconds["generation"], 1e-9))
+        metrics["tokens_per_second/training"].append(
+            sum(metrics["tokens/trained"]) / max(self.stage_seconds["training"], 1e-9)
+        )
+        metrics["tokens_per_second/total"].append(generated / total)
+        self.stage_seconds.clear()
+
+    def heldout_accuracy(self) -> float | None:
+        """Mean reward-is-positive over `heldout_generations` responses to each held-out problem, current server weights.
+
+        Called on all ranks; touches no training state.
+        """
+        if self.heldout_dataset is None:
+            return None
+        error, accuracy = None, torch.zeros(1, device=self.accelerator.device)
+        if self.accelerator.is_main_process:
+            try:
+                accuracy[0] = self._sample_heldout()
+            except ServerError as caught:
+                error = caught
+        raise_together(error, self.accelerator)
+        return self.accelerator.reduce(accuracy, "sum").item()
+
+    def _sample_heldout(self) -> float:
+        n = self.args.heldout_generations
+        rows = [row for row in self.heldout_dataset for _ in range(n)]
+        prompt_ids = self._tokenize_prompts(list(self.heldout_dataset["prompt"]))[0]
+        responses = self._ask_server(prompt_ids, n, seed_offset=1 << 15)
+        texts = self.processing_class.batch_decode(responses, skip_special_tokens=True)
+        columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+        completions = [[{"role": "assistant", "content": text}] for text in texts]
+        rewards = self.reward_funcs[0](prompts=[row["prompt"] for row in rows], completions=completions, **columns)
+        return sum(reward > 0 for reward in rewards) / len(rewards)
+
+
+class _SyncAfterRolloutStep(TrainerCallback):
+    """Push before the first rollout step (the server may hold anything after a resume) and after each one."""
+
+    def __init__(self, trainer: JustRLTrainer):
+        self._trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self._trainer
+        trainer.push_weights()
+        trainer._metrics["train"].clear()
+        trainer.stage_seconds.clear()
+        trainer._rollout_started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.optimizer_steps_per_rollout_step == 0:
+            self._trainer.push_weights()
+            self._trainer.record_stages()

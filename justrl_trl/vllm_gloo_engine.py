@@ -1,0 +1,83 @@
+"""The engine class of `vllm_plugin`, apart because it may only be imported where vLLM already is."""
+
+import torch
+from vllm.distributed.weight_transfer.base import WeightTransferEngine
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from justrl_trl.gloo_group import GlooGroup
+from justrl_trl.vllm_plugin import GlooInitInfo, GlooUpdateInfo, empty_tensors
+
+
+class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
+    """Receives checkpoint-format weights from the trainer over gloo; loads them only when the whole push has arrived."""
+
+    init_info_cls = GlooInitInfo
+    update_info_cls = GlooUpdateInfo
+    supports_draft_weight_update = False
+
+    def __init__(self, config, vllm_config, device, model):
+        super().__init__(config, vllm_config, device, model)
+        self._group: GlooGroup | None = None
+        self._generation = -1
+        self._staged: list[tuple[str, torch.Tensor]] = []
+
+    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+        """Join the group of a (new) trainer; the worker's rank counts data- and tensor-parallel workers."""
+        self.shutdown()
+        parallel = self.parallel_config
+        worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
+        group = GlooGroup(
+            init_info.address,
+            init_info.port,
+            init_info.rank_offset + worker,
+            init_info.world_size,
+            init_info.timeout_seconds,
+        )
+        group.join()
+        self._group, self._generation = group, init_info.generation
+
+    def start_weight_update(self) -> None:
+        """Forget what an earlier, broken push left behind. The model is not touched before `finish_weight_update`."""
+        self._staged = []
+
+    def update_weights(self, update_info: dict) -> None:
+        """Receive one push. (The base class also synchronises an accelerator, which a CPU server does not have.)"""
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+        """Fill the staging tensors from the trainer's broadcasts."""
+        if self._group is None or update_info.generation != self._generation:
+            raise RuntimeError(
+                f"Push of group generation {update_info.generation} refused: this worker is in generation "
+                f"{self._generation}. The trainer must call /init_weight_transfer_engine first."
+            )
+        staged = empty_tensors(update_info)
+        for _, tensor in staged:
+            self._group.broadcast(tensor)
+        self._staged = staged
+
+    def finish_weight_update(self) -> None:
+        """Load the staged tensors as if from a checkpoint."""
+        if not self._staged:
+            raise RuntimeError("finish_weight_update without weights: nothing was received since start_weight_update.")
+        staged, self._staged = self._staged, []
+        initialize_layerwise_reload(self.model)
+        self.model.load_weights((name, tensor.to(self.device)) for name, tensor in staged)
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            _repack_tied_head(self.model)
+
+    def shutdown(self) -> None:
+        if self._group is not None:
+            self._group.close()
+        self._group, self._staged = None, []
+
+
+def _repack_tied_head(model: torch.nn.Module) -> None:
+    """On CPU a tied `lm_head` multiplies by a packed copy of the embedding made at load time, which the layerwise reload
+    does not make again; without this, a tied model keeps its old head for ever."""
+    config = getattr(model, "config", None)
+    if getattr(config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
+        from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+        dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)

@@ -1,0 +1,53 @@
+"""What runs inside a vLLM worker: the gloo weight-transfer engine, which vLLM itself lacks.
+
+vLLM moves weights over NCCL or CUDA IPC only, so a server without a GPU (or one that shares its GPU with the trainer, where
+NCCL refuses to run) could never be updated. This engine receives the same checkpoint-format tensors over gloo. vLLM finds it
+through the entry point group `vllm.general_plugins`, in every process that it spawns.
+
+It stages first and touches the model last: a push that breaks half way leaves the served weights as they were. (vLLM's own
+engines put the parameters on the meta device when an update starts, so there a broken push takes the server with it.)
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+BACKEND = "justrl_gloo"
+
+
+def register() -> None:
+    """Entry point: make `--weight-transfer-config '{"backend": "justrl_gloo"}'` known; called in every vLLM process."""
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    if BACKEND not in WeightTransferEngineFactory._registry:  # vLLM loads plugins more than once per process
+        WeightTransferEngineFactory.register_engine(BACKEND, "justrl_trl.vllm_gloo_engine", "GlooWeightTransferEngine")
+
+
+@dataclass
+class GlooInitInfo:
+    """How to join the trainer's broadcast group. `generation` numbers the groups: a worker refuses every other one."""
+
+    address: str
+    port: int
+    rank_offset: int
+    world_size: int
+    timeout_seconds: float
+    generation: int
+
+
+@dataclass
+class GlooUpdateInfo:
+    """The tensors that follow, in order: checkpoint names, torch dtype names, shapes."""
+
+    generation: int
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+
+def empty_tensors(info: GlooUpdateInfo) -> list[tuple[str, torch.Tensor]]:
+    """Uninitialised CPU tensors `(name, tensor)` for one push, in the order of the manifest."""
+    return [
+        (name, torch.empty(shape, dtype=getattr(torch, dtype)))
+        for name, dtype, shape in zip(info.names, info.dtype_names, info.shapes, strict=True)
+    ]

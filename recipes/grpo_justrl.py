@@ -1,0 +1,110 @@
+"""Train with the JustRL recipe: one file per run, one launch line.
+
+    accelerate launch recipes/grpo_justrl.py                                        # tiny.yaml, a laptop is enough
+    accelerate launch --config_file accelerate_configs/zero3_8gpu.yaml \\
+        recipes/grpo_justrl.py --config recipes/justrl_deepseek_1.5b.yaml           # the paper's model on one node
+    ... --dry_run                                                                   # print configuration and plan, exit
+
+Every key of a recipe is an option too (`--learning_rate 5e-7`), and options win. `--help` lists them all.
+"""
+
+import time
+from pathlib import Path
+
+import yaml
+from transformers import AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
+from trl import get_peft_config
+
+from justrl_trl.launch import (
+    connect,
+    load_data,
+    one_paragraph_errors,
+    parse,
+    quiet_libraries,
+    resolve_model,
+    start_server,
+)
+from justrl_trl.progress import RolloutStepPrinter, Waiting, plan_lines, say, table_lines
+from justrl_trl.run_folder import RecordRun, RunFolder, write_summary
+from justrl_trl.trainer import JustRLTrainer
+
+
+def main() -> None:
+    started = time.monotonic()
+    quiet_libraries()
+
+    # what to do
+    run, training, model = parse(default_recipe=Path(__file__).with_name("tiny.yaml"))
+    model_path = resolve_model(model, training)
+    tokenizer = AutoTokenizer.from_pretrained(model_path, revision=model.model_revision, padding_side="left")
+    data = load_data(run, training, tokenizer)
+    zero_stage = training.deepspeed_plugin.zero_stage if training.deepspeed_plugin else 0
+    folder = RunFolder(training.output_dir)
+    if run.dry_run:
+        say([yaml.safe_dump(folder.resolved(run, training, model), sort_keys=True)])
+    say(
+        plan_lines(
+            training=training,
+            model=model.model_name_or_path,
+            dataset=run.dataset_name,
+            data_lines=data.report.lines(),
+            heldout_size=len(data.heldout) if data.heldout else 0,
+            zero_stage=zero_stage,
+        )
+    )
+    if run.dry_run:
+        return
+
+    # who does it: one server, then the trainer; both load at the same time
+    server, client = None, None
+    url, key = training.vllm_server_base_url, None
+    if training.distributed_state.is_main_process:
+        moved = folder.prepare(resume=bool(training.resume_from_checkpoint))
+        say([f"an earlier run was moved to {moved}"] if moved else [])
+        folder.write_config(run, training, model)
+        if url is None:
+            server = start_server(model_path, training, model.model_revision, folder.server_log)
+            url, key = server.url, server.key
+    training.model_init_kwargs = {
+        "dtype": model.dtype,
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "use_safetensors": True,
+    }
+    if server is not None:
+        server.wait(training.vllm_server_timeout, Waiting(f"starting the vLLM server at {url}"))
+    if training.distributed_state.is_main_process:
+        client = connect(url, key, model_path, training)
+    recorder = RecordRun(folder, on_row=RolloutStepPrinter(training.num_rollout_steps))
+    trainer = JustRLTrainer(
+        model=model_path,
+        args=training,
+        train_dataset=data.train,
+        client=client,
+        heldout_dataset=data.heldout,
+        processing_class=tokenizer,
+        callbacks=[recorder],
+        peft_config=get_peft_config(model),
+    )
+    recorder.trainer = trainer
+
+    # do it
+    checkpoint = training.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder.path) if checkpoint in ("True", "true") else checkpoint)
+
+    # tell
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=run.dataset_name)
+    if trainer.is_world_process_zero():
+        seconds = time.monotonic() - started
+        summary = write_summary(folder, seconds=seconds, world_size=training.world_size, zero_stage=zero_stage)
+        last = get_last_checkpoint(folder.path)
+        say(table_lines(summary, folder, Path(last) if last else None))
+    if server is not None:
+        server.stop()
+
+
+if __name__ == "__main__":
+    with one_paragraph_errors():
+        main()
