@@ -25,7 +25,9 @@ class JustRLConfig(GRPOConfig):
         ValueError: naming the value, the reason and the remedy, for every combination that the recipe cannot honour.
     """
 
-    output_dir: str | None = field(default="runs/justrl", metadata={"help": "Run folder: everything a run writes is in it."})
+    output_dir: str | None = field(
+        default="runs/justrl", metadata={"help": "Run folder: everything a run writes is in it."}
+    )
 
     # batch geometry (Table 2: batch 256 prompts x 8 rollouts, mini-batch 64 prompts)
     generation_batch_size: int | None = field(
@@ -36,7 +38,8 @@ class JustRLConfig(GRPOConfig):
     )
     num_generations: int | None = field(default=8, metadata={"help": "Responses per prompt: the group of GRPO."})
     per_device_train_batch_size: int | None = field(
-        default=None, metadata={"help": "Derived: generation_batch_size / (steps_per_generation x ranks). Leave unset."}
+        default=None,
+        metadata={"help": "Derived: generation_batch_size / (steps_per_generation x ranks). Leave unset."},
     )
     gradient_accumulation_steps: int = field(
         default=1, metadata={"help": "Must stay 1: micro-batches are cut by tokens, see max_tokens_per_micro_batch."}
@@ -51,31 +54,46 @@ class JustRLConfig(GRPOConfig):
 
     # length of the run, in rollout steps
     num_rollout_steps: int = field(
-        default=4380, metadata={"help": "Rollout steps to train for (the paper's 'steps'); x steps_per_generation optimizer steps."}
+        default=4380,
+        metadata={"help": "Rollout steps to train for (the paper's 'steps'); x steps_per_generation optimizer steps."},
     )
     warmup_rollout_steps: int = field(
-        default=10, metadata={"help": "Linear warm-up, advanced once per rollout step as in the reference: the first one has lr 0."}
+        default=10,
+        metadata={
+            "help": "Linear warm-up, advanced once per rollout step as in the reference: the first one has lr 0."
+        },
     )
     save_rollout_steps: int = field(
-        default=50, metadata={"help": "Checkpoint every so many rollout steps, always between two of them; 0: only at the end."}
+        default=50,
+        metadata={"help": "Checkpoint every so many rollout steps, always between two of them; 0: only at the end."},
     )
 
     # lengths (Table 2: 1k prompt, 15k response)
     max_prompt_length: int = field(
         default=1024, metadata={"help": "Prompts longer than this many templated tokens are dropped before training."}
     )
-    max_completion_length: int | None = field(default=15360, metadata={"help": "Response tokens at most; longer ones are cut."})
+    max_completion_length: int | None = field(
+        default=15360, metadata={"help": "Response tokens at most; longer ones are cut."}
+    )
     vllm_max_model_length: int | None = field(
-        default=None, metadata={"help": "Context of the server in tokens; default max_prompt_length + max_completion_length."}
+        default=None,
+        metadata={"help": "Context of the server in tokens; default max_prompt_length + max_completion_length."},
     )
 
     # objective
     epsilon: float = field(default=0.2, metadata={"help": "Lower clip: ratio >= 1 - epsilon (Table 2: 0.8)."})
-    epsilon_high: float | None = field(default=0.28, metadata={"help": "Upper clip: ratio <= 1 + epsilon_high (Table 2: 1.28)."})
-    delta: float | None = field(
-        default=10.0, metadata={"help": "Dual clip: for negative advantages the loss is at most delta x |advantage| (script: clip_ratio_c)."}
+    epsilon_high: float | None = field(
+        default=0.28, metadata={"help": "Upper clip: ratio <= 1 + epsilon_high (Table 2: 1.28)."}
     )
-    beta: float = field(default=0.0, metadata={"help": "KL coefficient; the recipe has none, and other values are refused."})
+    delta: float | None = field(
+        default=10.0,
+        metadata={
+            "help": "Dual clip: for negative advantages the loss is at most delta x |advantage| (script: clip_ratio_c)."
+        },
+    )
+    beta: float = field(
+        default=0.0, metadata={"help": "KL coefficient; the recipe has none, and other values are refused."}
+    )
     advantage_epsilon: float = field(
         default=1e-6, metadata={"help": "Added to a group's standard deviation (reference 1e-6; TRL's own is 1e-4)."}
     )
@@ -88,42 +106,66 @@ class JustRLConfig(GRPOConfig):
         },
     )
     vllm_importance_sampling_correction: bool = field(
-        default=False, metadata={"help": "The reference has no correction for the trainer/server gap; the gap is logged instead."}
+        default=False,
+        metadata={"help": "The reference has no correction for the trainer/server gap; the gap is logged instead."},
     )
 
     # optimizer (Table 2: lr 1e-6; script: constant after warm-up, weight decay 0.1 on everything, clip 1.0)
     learning_rate: float = field(default=1e-6, metadata={"help": "AdamW learning rate after warm-up."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Must stay 'constant': see warmup_rollout_steps."})
-    weight_decay: float = field(default=0.1, metadata={"help": "On all parameters, norms and biases included, as in the reference."})
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "Must stay 'constant': see warmup_rollout_steps."}
+    )
+    weight_decay: float = field(
+        default=0.1, metadata={"help": "On all parameters, norms and biases included, as in the reference."}
+    )
     max_grad_norm: float = field(default=1.0, metadata={"help": "Global gradient norm clip."})
 
     # sampling
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of rollouts."})
     top_k: int = field(default=0, metadata={"help": "0: every token may be sampled."})
-    seed: int = field(default=1, metadata={"help": "Order of prompts and sampling seeds; 1 gives the reference's prompt order."})
+    seed: int = field(
+        default=1, metadata={"help": "Order of prompts and sampling seeds; 1 gives the reference's prompt order."}
+    )
 
     # rollout server
     use_vllm: bool = field(default=True, metadata={"help": "Always on: rollouts come from a vLLM server."})
     vllm_mode: str = field(default="server", metadata={"help": "Always 'server'."})
     vllm_server_base_url: str | None = field(
         default=None,
-        metadata={"help": "Address of a running server, e.g. http://127.0.0.1:8000; default: start one on this machine."},
+        metadata={
+            "help": "Address of a running server, e.g. http://127.0.0.1:8000; default: start one on this machine."
+        },
     )
     vllm_server_host: str = field(default="127.0.0.1", metadata={"help": "Where a managed server binds."})
     vllm_server_port: int = field(default=0, metadata={"help": "Port of a managed server; 0 takes a free one."})
-    vllm_server_timeout: float = field(default=600.0, metadata={"help": "Seconds to wait for a server to become healthy."})
-    vllm_group_port: int = field(default=0, metadata={"help": "Port of the weight broadcast group; 0 takes a free one."})
+    vllm_server_timeout: float = field(
+        default=600.0, metadata={"help": "Seconds to wait for a server to become healthy."}
+    )
+    vllm_group_port: int = field(
+        default=0, metadata={"help": "Port of the weight broadcast group; 0 takes a free one."}
+    )
     weight_sync_address: str = field(
         default="127.0.0.1",
-        metadata={"help": "Address of rank 0 that rollout workers reach for weights; one interface, never all of them."},
+        metadata={
+            "help": "Address of rank 0 that rollout workers reach for weights; one interface, never all of them."
+        },
     )
-    weight_sync_timeout: float = field(default=300.0, metadata={"help": "Seconds before a push that makes no progress fails."})
-    vllm_gpu_memory_utilization: float = field(default=0.85, metadata={"help": "Share of GPU memory of a managed server."})
-    server_dtype: str = field(default="bfloat16", metadata={"help": "Weights of a managed server: bfloat16 or float32."})
-    server_max_num_seqs: int = field(default=256, metadata={"help": "Sequences that a managed server decodes at once."})
+    weight_sync_timeout: float = field(
+        default=300.0, metadata={"help": "Seconds before a push that makes no progress fails."}
+    )
+    vllm_gpu_memory_utilization: float = field(
+        default=0.85, metadata={"help": "Share of GPU memory of a managed server."}
+    )
+    server_dtype: str = field(
+        default="bfloat16", metadata={"help": "Weights of a managed server: bfloat16 or float32."}
+    )
+    server_max_num_seqs: int = field(
+        default=256, metadata={"help": "Sequences that a managed server decodes at once."}
+    )
     server_kv_cache_mib: int = field(default=256, metadata={"help": "KV cache of a managed CPU server, MiB."})
     request_timeout: float = field(
-        default=3600.0, metadata={"help": "Seconds that one prompt's responses may take before the server counts as hung."}
+        default=3600.0,
+        metadata={"help": "Seconds that one prompt's responses may take before the server counts as hung."},
     )
     sync_logprob_gap_limit: float = field(
         default=0.4,
@@ -135,15 +177,24 @@ class JustRLConfig(GRPOConfig):
 
     # what is recorded
     num_completions_to_save: int = field(
-        default=4, metadata={"help": "Completions written to samples.jsonl per rollout step, with prompt, solution and reward."}
+        default=4,
+        metadata={"help": "Completions written to samples.jsonl per rollout step, with prompt, solution and reward."},
     )
-    heldout_generations: int = field(default=4, metadata={"help": "Responses per held-out problem, before and after training."})
+    heldout_generations: int = field(
+        default=4, metadata={"help": "Responses per held-out problem, before and after training."}
+    )
 
     # what HF decides differently
-    bf16: bool | None = field(default=None, metadata={"help": "bf16 compute over fp32 master weights; default: on with a GPU."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bf16 compute over fp32 master weights; default: on with a GPU."}
+    )
     save_only_model: bool = field(default=False, metadata={"help": "False keeps optimizer and RNG, needed to resume."})
-    report_to: list[str] | str | None = field(default="none", metadata={"help": "trackio, wandb, tensorboard, ... or none."})
-    disable_tqdm: bool | None = field(default=True, metadata={"help": "HF's own bar counts optimizer steps; ours replaces it."})
+    report_to: list[str] | str | None = field(
+        default="none", metadata={"help": "trackio, wandb, tensorboard, ... or none."}
+    )
+    disable_tqdm: bool | None = field(
+        default=True, metadata={"help": "HF's own bar counts optimizer steps; ours replaces it."}
+    )
 
     def __post_init__(self):
         world_size = int(os.environ.get("WORLD_SIZE", 1))
@@ -175,14 +226,23 @@ class JustRLConfig(GRPOConfig):
             "beta": (0.0, "the recipe has no KL term, and no reference model is loaded"),
             "use_vllm": (True, "rollouts always come from a vLLM server; a CPU is enough for one"),
             "vllm_mode": ("server", "colocated engines are not part of this design"),
-            "vllm_importance_sampling_correction": (False, "the reference trains without it, and no rollout logprobs are fetched"),
+            "vllm_importance_sampling_correction": (
+                False,
+                "the reference trains without it, and no rollout logprobs are fetched",
+            ),
             "gradient_accumulation_steps": (1, "micro-batches are cut by tokens: use max_tokens_per_micro_batch"),
-            "lr_scheduler_type": ("constant", "the reference's schedule is constant after warm-up: use warmup_rollout_steps"),
+            "lr_scheduler_type": (
+                "constant",
+                "the reference's schedule is constant after warm-up: use warmup_rollout_steps",
+            ),
             "importance_sampling_level": ("token", "the reference's ratio is per token"),
             "scale_rewards": ("group", "the reference divides by the group's standard deviation"),
             "top_entropy_quantile": (1.0, "the recipe trains on every token"),
             "entropy_coef": (0.0, "the recipe has no entropy bonus"),
-            "temperature": (1.0, "the reference trains at 1, and trainer and server are compared at 1 after every push"),
+            "temperature": (
+                1.0,
+                "the reference trains at 1, and trainer and server are compared at 1 after every push",
+            ),
             "trust_remote_code": (False, "it would run code from the Hub, which the recipe's models do not need"),
         }
         for name, (value, reason) in fixed.items():
@@ -241,7 +301,9 @@ class JustRLConfig(GRPOConfig):
         if world_size > 1:
             self.ddp_backend = self.ddp_backend or "gloo"
         if self.use_cpu:
-            raise ValueError("use_cpu=True makes accelerate drop DeepSpeed without a word. Leave it off: a CPU is found by itself.")
+            raise ValueError(
+                "use_cpu=True makes accelerate drop DeepSpeed without a word. Leave it off: a CPU is found by itself."
+            )
 
     def _check_lengths(self) -> None:
         full = self.max_prompt_length + self.max_completion_length

@@ -65,7 +65,11 @@ def _mark_heldout(axis, heldout: list[dict]) -> None:
 
 def _mark_truncated(axis, rows: list[dict]) -> None:
     """Share of responses cut at the limit, on a second scale."""
-    shares = [(row["rollout_step"], 100 * row["completions/clipped_ratio"]) for row in rows if row.get("completions/clipped_ratio") is not None]
+    shares = [
+        (row["rollout_step"], 100 * row["completions/clipped_ratio"])
+        for row in rows
+        if row.get("completions/clipped_ratio") is not None
+    ]
     if shares:
         twin = axis.twinx()
         twin.plot(*zip(*shares, strict=True), color=_RED, linewidth=1, alpha=0.6)

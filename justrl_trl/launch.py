@@ -39,14 +39,18 @@ class RunArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Commit of a Hub dataset; pin it for a paper."})
+    dataset_revision: str | None = field(
+        default=None, metadata={"help": "Commit of a Hub dataset; pin it for a paper."}
+    )
     heldout_dataset_name: str | None = field(
         default=None, metadata={"help": "Problems to sample before and after training, in any format of dataset_name."}
     )
     heldout_size: int = field(
         default=0, metadata={"help": "Without heldout_dataset_name: so many training problems are held out instead."}
     )
-    dry_run: bool = field(default=False, metadata={"help": "Print the resolved configuration and the plan, then exit."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Print the resolved configuration and the plan, then exit."}
+    )
 
 
 @dataclass
@@ -170,7 +174,7 @@ def connect(url: str, key: str | None, model: str, training: JustRLConfig) -> Ro
     if not config.get("weight_transfer_config"):
         raise ServerError(
             f"The server at {url} was started without weight transfer. Add --weight-transfer-config "
-            "'{\"backend\": \"justrl_gloo\"}' (or nccl on a GPU of its own)."
+            '\'{"backend": "justrl_gloo"}\' (or nccl on a GPU of its own).'
         )
     return client
 

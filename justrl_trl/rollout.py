@@ -131,7 +131,9 @@ class RolloutClient:
         """Log-probability of each token but the first given those before it: `len(ids) - 1` floats, temperature 1."""
         body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
         choice = self._call("POST", "/v1/completions", body)["choices"][0]
-        return [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], choice["prompt_logprobs"][1:], strict=True)]
+        return [
+            entry[str(token)]["logprob"] for token, entry in zip(ids[1:], choice["prompt_logprobs"][1:], strict=True)
+        ]
 
     # -- knowing ------------------------------------------------------------------------------------------------------
 
@@ -198,5 +200,5 @@ def _reason(answer: requests.Response) -> str:
     if answer.status_code == 404 and "/v1/" not in answer.url:
         return "the weight routes are off. Start the server with VLLM_SERVER_DEV_MODE=1 in its environment."
     if "weight_transfer_config" in text:
-        return "weight transfer is off. Start the server with --weight-transfer-config '{\"backend\": \"justrl_gloo\"}'."
+        return 'weight transfer is off. Start the server with --weight-transfer-config \'{"backend": "justrl_gloo"}\'.'
     return text

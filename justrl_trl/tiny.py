@@ -38,7 +38,10 @@ ARITHMETIC = "embedded:arithmetic"
 TINY_BASE = "embedded:tiny-base"
 
 SUFFIX = "Please reason step by step, and put your final answer within \\boxed{}."
-TRAIN_JOIN, EVAL_JOIN = "\n\n", " "  # the reference joins with a blank line in training and with one space in evaluation
+TRAIN_JOIN, EVAL_JOIN = (
+    "\n\n",
+    " ",
+)  # the reference joins with a blank line in training and with one space in evaluation
 
 OPERANDS = range(10, 50)  # two digits each and two digits in the sum: every prompt has the same number of tokens
 HELDOUT_PAIRS = 64  # unordered pairs, so 128 problems less one for every pair of equal operands
@@ -50,11 +53,22 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-WARMUP_STEPS, WARMUP_BATCH, WARMUP_LR = 500, 16, 3e-3  # optimizer steps, sequences, peak learning rate (cosine to a tenth)
+WARMUP_STEPS, WARMUP_BATCH, WARMUP_LR = (
+    500,
+    16,
+    3e-3,
+)  # optimizer steps, sequences, peak learning rate (cosine to a tenth)
 
 ONES = ("Ones: {}.", "Units: {}.", "First {}.", "Start with {}.", "We have {}.", "Adding {}.")
 TENS = (" Tens: {}.", " Then {}.", " Next {}.", " Also {}.", " And {}.", " Now {}.")
-CLOSERS = (" So the answer is {}.", " The answer is {}.", " So it is {}.", " We get {}.", " Thus {}.", " Therefore {}.")
+CLOSERS = (
+    " So the answer is {}.",
+    " The answer is {}.",
+    " So it is {}.",
+    " We get {}.",
+    " Thus {}.",
+    " Therefore {}.",
+)
 GUESSES = ("I guess {}.", "Maybe {}.", "It looks like {}.", "It is about {}.", "Probably {}.", "The answer is {}.")
 GUESS_OFFSETS = (-20, -11, -10, -9, -2, -1, 0, 1, 2, 9, 10, 11)
 MIXTURE = {"boxed": 0.28, "unboxed": 0.44, "guess": 0.28}
@@ -99,14 +113,25 @@ def _tokenizer() -> Qwen2Tokenizer:
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=1024, initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=1024, initial_alphabet=alphabet, show_progress=False)
+    )
     vocab = bpe.get_vocab()
     import json
+
     merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
     tokenizer = Qwen2Tokenizer(
-        vocab=vocab, merges=merges, eos_token=EOS, pad_token=PAD, unk_token=PAD, extra_special_tokens=[TURN], model_max_length=4096
+        vocab=vocab,
+        merges=merges,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token=PAD,
+        extra_special_tokens=[TURN],
+        model_max_length=4096,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -118,7 +143,7 @@ def _model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
         vocab_size=len(tokenizer),
         hidden_size=H,
         num_hidden_layers=L,
-        num_attention_heads=H//32,
+        num_attention_heads=H // 32,
         num_key_value_heads=KV,
         head_dim=32,
         intermediate_size=FF,
@@ -133,7 +158,9 @@ def _model(tokenizer: Qwen2Tokenizer) -> Qwen2ForCausalLM:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = Qwen2ForCausalLM(config)
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     return model
 
 
@@ -171,6 +198,12 @@ def _warm_up(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer) -> None:
         optimizer.zero_grad()
         if step % 20 == 0:
             seconds = time.monotonic() - start
-            print(f"tiny base: warm-up step {step}/{WARMUP_STEPS}, loss {loss.item():.3f}, {seconds:.0f} s", file=sys.stderr, flush=True)
-INIT_RANGE=0.05
-H,L,KV,FF=128,2,2,512
+            print(
+                f"tiny base: warm-up step {step}/{WARMUP_STEPS}, loss {loss.item():.3f}, {seconds:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+INIT_RANGE = 0.05
+H, L, KV, FF = 128, 2, 2, 512

@@ -233,7 +233,9 @@ class JustRLTrainer(GRPOTrainer):
             sequences_in_step=totals["sequences"],
             tokens_in_step=totals["tokens"],
         )
-        sums = step_sums(loss, logps, old_logps, advantages, mask, self.epsilon_low, self.epsilon_high, self.args.delta)
+        sums = step_sums(
+            loss, logps, old_logps, advantages, mask, self.epsilon_low, self.epsilon_high, self.args.delta
+        )
         return loss, sums
 
     def _forward(self, model, row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:

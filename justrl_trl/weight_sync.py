@@ -248,7 +248,9 @@ class WeightSync:
                 self._sender.send(self._weights, version)
                 served = self._client.weight_version()
                 if served != version:
-                    raise ServerError(f"{self._client.url} reports weight version {served!r} after a push of {version!r}.")
+                    raise ServerError(
+                        f"{self._client.url} reports weight version {served!r} after a push of {version!r}."
+                    )
             except Exception as caught:
                 error = caught
             self._weights.drain()
@@ -285,7 +287,7 @@ def _sender_for(backend: str | None, url: str):
     if backend not in senders:
         raise ServerError(
             f"The server at {url} has weight transfer backend {backend!r}; this trainer can feed {sorted(senders)}. Start it "
-            f"with --weight-transfer-config '{{\"backend\": \"{GLOO_BACKEND}\"}}' (any machine) or '{{\"backend\": \"nccl\"}}' "
+            f'with --weight-transfer-config \'{{"backend": "{GLOO_BACKEND}"}}\' (any machine) or \'{{"backend": "nccl"}}\' '
             "(a GPU of its own)."
         )
     return senders[backend]
