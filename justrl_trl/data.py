@@ -13,21 +13,15 @@ removed, since the public DAPO file holds each of its 17,398 problems about 100 
 `prepare_problems` to keep them.
 """
 
-import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo
-from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import HfHubHTTPError
 
-from .rewards import last_boxed
+from justrl_trl.data_sources import DataError, Source, answer_text, is_gsm8k, open_source, problem_columns, problem_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,27 +35,11 @@ DAPO_PREFIX = (
 )
 DAPO_POSTFIX = '\n\nRemember to put your answer on its own line after "Answer:".'
 
-# Column pairs (problem, answer); the first pair present wins. `answer` goes before `solution` because sets that have
-# both (HuggingFaceH4/aime_2024, MATH-500) keep a worked solution in the latter.
-_SCHEMAS = (
-    ("problem", "answer"),  # MathArena sets, JustRL's HMMT25, BRUMO25 and CMIMC25
-    ("question", "answer"),  # GSM8K
-    ("prompt", "answer"),
-    ("prompt", "solution"),  # open-r1/DAPO-Math-17k-Processed
-    ("prompt", "reward_model"),  # BytedTsinghua-SIA/DAPO-Math-17k, JustRL's other benchmark files
-    ("problem", "solution"),  # what load_problems returns
-)
-_FILE_TYPES = (".parquet", ".jsonl", ".json")
-_GSM8K_MARK = "####"
 _BATCH_ROWS = 10_000  # rows held as Python objects at a time; 1.79M DAPO rows at once would take several GB
 _SHOWN_ROWS = 10
 _PROBLEM_TABLE = pa.schema([("problem", pa.string()), ("solution", pa.string()), ("row", pa.int64())])
 _MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 _TRAINING_TABLE = pa.schema([("prompt", _MESSAGES), ("solution", pa.string()), ("row", pa.int64())])
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message names the source, the reason, the rows and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -90,157 +68,17 @@ class DataReport:
         return lines
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A dataset that can be read by columns, in batches, as often as needed."""
-
-    name: str
-    columns: frozenset[str]
-    batches: Callable[[list[str]], Iterator[dict[str, list]]]  # column names -> {column: [up to _BATCH_ROWS values]}
-
-
-def _open_hub(name: str, config: str | None, split: str, revision: str | None) -> _Source:
-    """A dataset of the Hub, read through the `datasets` cache. Remote code is never run."""
-    try:
-        dataset = datasets.load_dataset(name, config, split=split, revision=revision)
-    except (DatasetsError, HfHubHTTPError, OSError, ValueError) as error:
-        # Not found, gated, offline, unknown config or split: the library's own text lists what exists.
-        tried = ", ".join(
-            f"{key} {value!r}"
-            for key, value in (("config", config), ("split", split), ("revision", revision))
-            if value
-        )
-        raise DataError(
-            f"dataset {name!r} ({tried}) could not be loaded: no file or folder of that name here, and the Hub gave "
-            f"{type(error).__name__}: {' '.join(str(error).split())}. Check the name, config and split; without "
-            f"network, give the path of a downloaded {', '.join(_FILE_TYPES)} file."
-        ) from error
-    return _Source(name, frozenset(dataset.column_names), lambda cols: dataset.select_columns(cols).iter(_BATCH_ROWS))
-
-
-def _split_files(folder: Path, split: str) -> list[Path]:
-    """Files of one split: `test.parquet` or `test-00000-of-00002.parquet`, in the folder or in its `data` folder."""
-    found = sorted(p for where in (folder, folder / "data") for p in where.glob("*") if p.suffix in _FILE_TYPES)
-    for kind in _FILE_TYPES:
-        files = [p for p in found if p.suffix == kind and (p.stem == split or p.stem.startswith(f"{split}-"))]
-        if files:
-            return files
-    listing = ", ".join(str(p.relative_to(folder)) for p in found[:_SHOWN_ROWS]) or f"no {'/'.join(_FILE_TYPES)} file"
-    raise DataError(
-        f"folder {str(folder)!r} has no {split!r} split: looked for {split}.parquet, .jsonl, .json, found {listing}. "
-        "Name one of its splits, or give the path of the file itself."
-    )
-
-
-def _parquet_batches(files: list[Path], columns: list[str]) -> Iterator[dict[str, list]]:
-    for path in files:
-        for batch in pq.ParquetFile(path).iter_batches(_BATCH_ROWS, columns=columns):
-            yield batch.to_pydict()
-
-
-def _read_json(path: Path) -> list[dict]:
-    """Rows of a JSON-lines file, or of a JSON file that holds one list of objects. Errors name the line, from 1."""
-    text = path.read_text(encoding="utf-8")
-    whole = text.lstrip().startswith("[")
-    rows, place = [], ""
-    try:
-        for number, line in [(1, text)] if whole else enumerate(text.split("\n"), 1):
-            if line.strip():
-                place = "" if whole else f", line {number}"
-                value = json.loads(line)
-                # A lone surrogate such as "\\ud800" parses as JSON, but neither Arrow nor a tokenizer can encode it.
-                json.dumps(value, ensure_ascii=False).encode()
-                rows += value if whole else [value]
-    except ValueError as error:
-        raise DataError(f"{str(path)!r}{place}: not valid JSON text ({error}). Fix or remove that line.") from error
-    for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{str(path)!r}, row {number}: {type(row).__name__} instead of an object. Each row must have named "
-                'columns, such as {"problem": "...", "answer": "..."}.'
-            )
-    return rows
-
-
-def _open_local(path: Path, split: str) -> _Source:
-    """A file, whatever `split` says, or a folder with one file per split."""
-    name = str(path)
-    if not path.exists():
-        raise DataError(
-            f"{name!r} does not exist (looked from {str(Path.cwd())!r}). Give the path of a {', '.join(_FILE_TYPES)} "
-            "file, of a folder with such files, or the name of a Hub dataset."
-        )
-    files = _split_files(path, split) if path.is_dir() else [path]
-    if files[0].suffix not in _FILE_TYPES:
-        raise DataError(f"{name!r} has an unknown file type: convert it to one of {', '.join(_FILE_TYPES)}.")
-    try:
-        if files[0].suffix == ".parquet":
-            columns = frozenset(pq.read_schema(files[0]).names)
-            return _Source(name, columns, lambda cols: _parquet_batches(files, cols))
-        rows = [row for file in files for row in _read_json(file)]
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
-        raise DataError(f"{name!r} cannot be read: {error}. Check the file, or copy it again.") from error
-
-    def json_batches(columns: list[str]) -> Iterator[dict[str, list]]:
-        for start in range(0, len(rows), _BATCH_ROWS):
-            yield {column: [row.get(column) for row in rows[start : start + _BATCH_ROWS]] for column in columns}
-
-    return _Source(name, frozenset().union(*rows), json_batches)
-
-
 def strip_dapo_wrapper(text: str) -> str:
     """Problem text without DAPO's "Answer:" instructions before and after it, and without outer blanks."""
     return text.strip().removeprefix(DAPO_PREFIX.strip()).removesuffix(DAPO_POSTFIX.strip()).strip()
 
 
-def _clean_problem(value: Any) -> str:
-    """Problem text of a string or of the first chat message (the reference drops the others). Raises ValueError."""
-    if isinstance(value, list):
-        value = value[0].get("content") if value and isinstance(value[0], dict) else None
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"prompt is {type(value).__name__} and not text")
-    problem = strip_dapo_wrapper(value or "")
+def _clean_problem(cell: Any) -> str:
+    """Problem text of a cell, bare. Raises ValueError with the reason."""
+    problem = strip_dapo_wrapper(problem_text(cell))
     if not problem:
         raise ValueError("empty prompt")
     return problem
-
-
-def _clean_answer(value: Any, gsm8k: bool) -> str:
-    """Bare answer text. Raises ValueError with the reason, never converts a number."""
-    if isinstance(value, dict):
-        value = value.get("ground_truth")
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"answer is {type(value).__name__} and not text")
-    answer = (value or "").strip()
-    if answer and gsm8k:
-        _, mark, answer = answer.rpartition(_GSM8K_MARK)
-        if not mark:
-            raise ValueError(f"no {_GSM8K_MARK!r} before the final answer")
-        answer = answer.strip().replace(",", "")
-    if answer.startswith("\\boxed{") and last_boxed(answer) == answer[len("\\boxed{") : -1]:
-        answer = answer[len("\\boxed{") : -1].strip()
-    if not answer:
-        raise ValueError("no answer")
-    return answer
-
-
-def _columns_of(source: _Source) -> tuple[str, str]:
-    for problem_column, answer_column in _SCHEMAS:
-        if {problem_column, answer_column} <= source.columns:
-            return problem_column, answer_column
-    pairs = ", ".join(f"{problem}/{answer}" for problem, answer in _SCHEMAS)
-    raise DataError(
-        f"{source.name!r} has columns {', '.join(sorted(source.columns)) or '(none)'}: no problem and answer there. "
-        f"Rename two columns to one of these pairs: {pairs}."
-    )
-
-
-def _is_gsm8k(source: _Source, columns: tuple[str, str]) -> bool:
-    """Whether answers are worked solutions that end in `#### N`; other question/answer sets hold the bare answer."""
-    if columns != ("question", "answer"):
-        return False
-    answers = (value for batch in source.batches(["answer"]) for value in batch["answer"] if isinstance(value, str))
-    return any(_GSM8K_MARK in value or "\n" in value.strip() for value in answers)
 
 
 def load_problems(name: str, config: str | None = None, split: str = "train", revision: str | None = None) -> Dataset:
@@ -257,19 +95,10 @@ def load_problems(name: str, config: str | None = None, split: str = "train", re
     Raises:
         DataError: unknown or unreadable source, unknown columns, or bad rows (the first 10 and the count are named).
     """
-    path = Path(name).expanduser()
-    if path.exists() or path.suffix in _FILE_TYPES or str(name).startswith(("/", ".", "~")):
-        if config or revision:
-            raise DataError(
-                f"{str(name)!r} is a local path, so config={config!r} and revision={revision!r} have no meaning: "
-                "remove them, or give the name of a Hub dataset."
-            )
-        source = _open_local(path, split)
-    else:
-        source = _open_hub(name, config, split, revision)
-    columns = _columns_of(source)
+    source = open_source(name, config, split, revision)
+    columns = problem_columns(source)
     try:
-        table = _check_rows(source, columns, _is_gsm8k(source, columns))
+        table = _check_rows(source, columns, is_gsm8k(source, columns, _BATCH_ROWS))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{source.name!r} cannot be read: {error}. Check the file, or copy it again.") from error
     if not table.num_rows:
@@ -277,15 +106,15 @@ def load_problems(name: str, config: str | None = None, split: str = "train", re
     return Dataset(table, info=DatasetInfo(dataset_name=source.name))
 
 
-def _check_rows(source: _Source, columns: tuple[str, str], gsm8k: bool) -> pa.Table:
+def _check_rows(source: Source, columns: tuple[str, str], gsm8k: bool) -> pa.Table:
     """All rows cleaned, [rows] of `problem`, `solution`, `row`; or a DataError that names every kind of bad row."""
     batches, bad, row = [], {}, 0
-    for batch in source.batches(list(columns)):
+    for batch in source.batches(list(columns), _BATCH_ROWS):
         problems, solutions, start = [], [], row
         for problem, answer in zip(batch[columns[0]], batch[columns[1]], strict=True):
             try:
                 problems.append(_clean_problem(problem))
-                solutions.append(_clean_answer(answer, gsm8k))
+                solutions.append(answer_text(answer, gsm8k))
             except ValueError as reason:
                 bad.setdefault(str(reason), []).append(row)
             row += 1

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -196,10 +197,16 @@ def one_paragraph_errors():
         else:
             time.sleep(3)  # the first rank to exit has the others terminated: let rank 0 speak
         sys.exit(2)
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("\ninterrupted. --resume_from_checkpoint True goes on from the last checkpoint, if there is one.", flush=True)
+        sys.exit(130)
 
 
 def quiet_libraries() -> None:
-    """Warnings of rank 0 only, so that the plan is not buried."""
+    """Keep other libraries' chatter from burying the plan: no per-rank repeats, no notes on what nobody here can change."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls old names
+    warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator")
     transformers.utils.logging.disable_progress_bar()
     if int(os.environ.get("RANK", 0)):
         transformers.utils.logging.set_verbosity_error()

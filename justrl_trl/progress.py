@@ -21,6 +21,7 @@ def plan_lines(
     ranks = f"{training.world_size} rank{'s' if training.world_size > 1 else ''}"
     sharding = f"DeepSpeed ZeRO-{zero_stage}" if zero_stage else "no sharding"
     save = f"every {training.save_rollout_steps} rollout steps" if training.save_rollout_steps else "at the end"
+    held_out = f"{heldout_size} problems x {training.heldout_generations} responses, before and after training"
     rows = [
         ("model", model),
         ("data", dataset),
@@ -45,8 +46,8 @@ def plan_lines(
         ),
         (
             "objective",
-            f"clip [{1 - training.epsilon:g}, {1 + training.epsilon_high:g}], dual clip {training.delta:g}, no KL, no entropy bonus, "
-            f"{training.loss_normalization} normalization",
+            f"clip [{1 - training.epsilon:g}, {1 + training.epsilon_high:g}], dual clip {training.delta:g}, no KL, "
+            f"no entropy bonus, {training.loss_normalization} normalization",
         ),
         (
             "optimizer",

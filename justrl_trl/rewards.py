@@ -14,6 +14,7 @@ verl spells it; the length penalty is DAPO's soft overlong punishment (arXiv 250
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,16 +173,23 @@ def _completion_text(completion: Any) -> str:
     )
 
 
-def dapo_reward(completions: list, solution: list, **kwargs: Any) -> list[float]:
+def dapo_reward(
+    completions: list,
+    solution: list,
+    log_extra: Callable[[str, list], None] | None = None,
+    log_metric: Callable[[str, float], None] | None = None,
+    **kwargs: Any,
+) -> list[float]:
     """TRL reward function: the strict boxed rule on each completion, in {-1.0, +1.0}.
 
     TRL decodes with `skip_special_tokens=True`, which already removes the end-of-sequence string that the reference
-    strips after decoding. The message is the last of a conversational completion. Other columns and TRL's own keyword
-    arguments (`prompts`, `completion_ids`, `trainer_state`, ...) arrive in `kwargs` and are not used.
+    strips after decoding. The message is the last of a conversational completion. Other columns and the rest of TRL's
+    keyword arguments (`prompts`, `completion_ids`, `trainer_state`, ...) arrive in `kwargs` and are not used.
 
     Args:
         completions: [num_completions] strings or message lists.
         solution: [num_completions] bare answers, the dataset's `solution` column.
+        log_extra, log_metric: TRL's hooks; they receive solution and prediction of every completion, and the accuracy.
 
     Raises:
         ValueError: when the two lengths differ, or a solution is None (the rule would pay +1 for giving no answer).
@@ -197,4 +205,10 @@ def dapo_reward(completions: list, solution: list, **kwargs: Any) -> list[float]
             f"solution is None for completions {missing[:10]} ({len(missing)} in all): a completion without an answer "
             "would count as correct. Load the data with `load_problems`, which names the rows that lack an answer."
         )
-    return [dapo_score(_completion_text(text), truth).score for text, truth in zip(completions, solution, strict=True)]
+    graded = [dapo_score(_completion_text(text), truth) for text, truth in zip(completions, solution, strict=True)]
+    if log_extra is not None:
+        log_extra("solution", list(solution))
+        log_extra("prediction", [grade.prediction for grade in graded])
+    if log_metric is not None:
+        log_metric("accuracy", sum(grade.score == CORRECT for grade in graded) / max(len(graded), 1))
+    return [grade.score for grade in graded]

@@ -5,9 +5,11 @@ every call, so that no server can hang the trainer. Token ids both ways: what th
 no second tokenisation in between.
 """
 
+import contextlib
 import os
+import queue
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 
 import requests
@@ -92,15 +94,32 @@ class RolloutClient:
             `len(prompts) * n` lists of response token ids, the n of a prompt side by side, in the order of `prompts`.
         """
         responses: list[list[list[int]]] = [[] for _ in prompts]
-        with ThreadPoolExecutor(max_workers=min(self._concurrency, max(len(prompts), 1))) as pool:
-            futures = {pool.submit(self._sample, ids, sampling, i): i for i, ids in enumerate(prompts)}
-            try:
-                for future in as_completed(futures):
-                    responses[futures[future]] = future.result()
-                    on_done(sum(map(len, future.result())))
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        waiting, finished = queue.SimpleQueue(), queue.SimpleQueue()
+        for index in range(len(prompts)):
+            waiting.put(index)
+
+        def work() -> None:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    index = waiting.get_nowait()
+                    try:
+                        finished.put((index, self._sample(prompts[index], sampling, index)))
+                    except Exception as error:  # raised in the caller's thread below
+                        finished.put((index, error))
+
+        # Daemon threads, not an executor: Python waits for an executor's threads at exit, so that a Ctrl-C during
+        # generation would hang until the server has answered
+        for _ in range(min(self._concurrency, len(prompts))):
+            threading.Thread(target=work, daemon=True).start()
+        for _ in prompts:
+            index, answer = finished.get()
+            if isinstance(answer, Exception):
+                while not waiting.empty():  # nobody wants the rest
+                    with contextlib.suppress(queue.Empty):
+                        waiting.get_nowait()
+                raise answer
+            responses[index] = answer
+            on_done(sum(map(len, answer)))
         return [ids for group in responses for ids in group]
 
     def _sample(self, prompt: list[int], sampling: Sampling, index: int) -> list[list[int]]:

@@ -1,0 +1,163 @@
+"""Real parts, started once: two vLLM CPU servers (untied and tied model) and one full run of the embedded recipe.
+
+Every process started here carries a mark in its environment, so that a test can ask "what of ours still runs?".
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+from justrl_trl.rollout import RolloutClient
+from justrl_trl.server import ManagedServer, ServerSpec
+from justrl_trl.tiny import tiny_base
+
+ROOT = Path(__file__).parents[2]
+MARK = "JUSTRL_TEST_MARK"
+TWO_RANKS = ["--config_file", str(ROOT / "accelerate_configs" / "zero3_cpu_2proc.yaml")]
+
+pytestmark = pytest.mark.timeout(900)
+
+
+def pytest_collection_modifyitems(items):
+    """A GPU server has other flags; `tests/gpu` is for those."""
+    if torch.cuda.is_available():
+        for item in items:
+            if "integration" in str(item.path):
+                item.add_marker(pytest.mark.skip(reason="the CPU integration tests run where there is no GPU"))
+
+
+class Launch:
+    """The launch line in a process of its own: `accelerate launch [two ranks] recipes/grpo_justrl.py ...`."""
+
+    def __init__(self, log: Path, *options: str, ranks: int = 2):
+        self.mark, self.log = uuid.uuid4().hex, log
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *(TWO_RANKS if ranks == 2 else [])]
+        command += [str(ROOT / "recipes" / "grpo_justrl.py"), *map(str, options)]
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, MARK: self.mark},
+                start_new_session=True,
+            )
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait(self, seconds: float) -> int:
+        try:
+            return self.process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            pytest.fail(f"still running after {seconds} s:\n{self.output()[-4000:]}")
+
+    def alive(self) -> list[psutil.Process]:
+        """Every process that carries the mark of this launch: ranks, guard, server, engine, worker."""
+        return marked(self.mark)
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Running processes with this mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+@pytest.fixture(scope="session")
+def base() -> Path:
+    """The tiny base, built on first use."""
+    return tiny_base()
+
+
+@pytest.fixture(scope="session")
+def tied_model(base, tmp_path_factory) -> Path:
+    """A random model whose head is its embedding, as in Qwen2.5-1.5B or SmolLM2."""
+    path = tmp_path_factory.mktemp("tied")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def start(model: Path, log: Path, core: int) -> ManagedServer:
+    cores = sorted(os.sched_getaffinity(0))
+    return ManagedServer(
+        ServerSpec(
+            model=str(model),
+            dtype="bfloat16",
+            max_model_len=512,
+            host="127.0.0.1",
+            port=0,
+            max_num_seqs=64,
+            kv_cache_bytes=64 << 20,
+            gpu_memory_utilization=0.5,
+            gpu=None,
+            core=cores[core % len(cores)],
+            weight_backend="justrl_gloo",
+            seed=1,
+            log_path=log,
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def servers(base, tied_model, tmp_path_factory):
+    """`{"untied": client, "tied": client}` of two real servers, up for the whole session."""
+    logs = tmp_path_factory.mktemp("servers")
+    running = {
+        "untied": start(base, logs / "untied.log", core=0),
+        "tied": start(tied_model, logs / "tied.log", core=1),
+    }
+    try:
+        for server in running.values():
+            server.wait(600)
+        yield {name: RolloutClient(server.url, server.key, request_seconds=120) for name, server in running.items()}
+    finally:
+        for server in running.values():
+            server.stop()
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory) -> Callable[..., Launch]:
+    """Start the launch line; whatever is left of it at the end of the session is killed."""
+    logs, started = tmp_path_factory.mktemp("launch"), []
+
+    def run(*options: str, ranks: int = 2) -> Launch:
+        started.append(Launch(logs / f"{len(started)}.log", *options, ranks=ranks))
+        return started[-1]
+
+    yield run
+    for one in started:
+        for process in one.alive():
+            process.kill()

@@ -1,0 +1,101 @@
+"""The launch line: plan, dry run, and one paragraph for each mistake, before anything is trained."""
+
+import json
+import runpy
+import socket
+
+import pytest
+from conftest import ROOT
+
+
+@pytest.fixture
+def recipe(monkeypatch, capsys, tmp_path):
+    """Run recipes/grpo_justrl.py in this process; returns exit status and what it printed."""
+
+    def run(*options: str) -> tuple[int, str]:
+        argv = ["grpo_justrl.py", "--output_dir", str(tmp_path / "run"), *map(str, options)]
+        monkeypatch.setattr("sys.argv", argv)
+        status = 0
+        try:
+            runpy.run_path(str(ROOT / "recipes" / "grpo_justrl.py"), run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return run
+
+
+def problems(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def refused(result, *words: str) -> None:
+    status, output = result
+    assert status == 2, output
+    paragraph = output[output.index("error: ") :]
+    assert "Traceback" not in output and "\n\n" not in paragraph.strip()
+    for word in words:
+        assert word in paragraph, paragraph
+
+
+def test_a_dry_run_prints_configuration_and_plan_and_starts_nothing(launch, base, tmp_path):
+    run = launch("--dry_run", "--output_dir", tmp_path / "run", "--learning_rate", "3e-5")
+    assert run.wait(200) == 0, run.output()
+    output = run.output()
+    for text in ("learning_rate: 3.0e-05", "plan\n", "clip [0.8, 1.28], dual clip 10", "rollout steps x 4 optimizer steps"):
+        assert text in output, output
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_dataset_is_named(recipe):
+    refused(recipe("--dataset_name", "no/such/file.jsonl"), "no/such/file.jsonl")
+
+
+def test_a_dataset_without_answers_is_named_with_its_rows(recipe, tmp_path):
+    path = problems(tmp_path / "d.jsonl", [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": None}])
+    refused(recipe("--dataset_name", path), "d.jsonl", "1")
+
+
+def test_a_dataset_without_an_answer_column_is_named(recipe, tmp_path):
+    refused(recipe("--dataset_name", problems(tmp_path / "d.jsonl", [{"problem": "1+1?"}])), "problem", "answer")
+
+
+def test_a_geometry_that_does_not_divide_is_refused(recipe):
+    refused(recipe("--generation_batch_size", "250"), "250", "multiple of")
+
+
+def test_a_server_with_another_model_is_refused(recipe, servers, monkeypatch):
+    client = servers["tied"]
+    monkeypatch.setenv("JUSTRL_SERVER_KEY", client._session.headers["Authorization"].removeprefix("Bearer "))
+    refused(recipe("--vllm_server_base_url", client.url), client.model, "--model")
+
+
+def test_a_server_that_is_not_there_is_refused(recipe):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    refused(recipe("--vllm_server_base_url", f"http://127.0.0.1:{port}"), str(port), "cannot be reached")
+
+
+def test_a_port_in_use_is_refused(recipe):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        refused(recipe("--vllm_server_port", port), str(port), "vllm_server_port")
+
+
+def test_a_prompt_limit_that_drops_every_row_is_refused(recipe):
+    refused(recipe("--max_prompt_length", "5"), "max_prompt_length=5", "shortest")
+
+
+def test_an_unknown_key_in_a_recipe_is_named(recipe, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text((ROOT / "recipes" / "tiny.yaml").read_text() + "\nlerning_rate: 1.0\n")
+    refused(recipe("--config", path), "lerning_rate")
+
+
+def test_an_unknown_model_is_named(recipe):
+    refused(recipe("--model_name_or_path", "/no/such/model"), "/no/such/model")

@@ -1,0 +1,113 @@
+"""A real vLLM CPU server: sampling, authentication, weight updates."""
+
+import pytest
+import requests
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM
+
+from justrl_trl.rollout import RolloutClient, Sampling
+from justrl_trl.server import ServerError
+from justrl_trl.weight_sync import WeightSync
+
+IDS = [7, 19, 42, 55, 60, 61, 33, 20, 90, 14, 17, 80, 81, 82, 83, 9, 28, 45, 66, 71] * 5
+
+
+def sampling(**changes) -> Sampling:
+    values = dict(n=3, max_tokens=16, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=5)
+    return Sampling(**{**values, "stop_token_ids": (), **changes})
+
+
+def trainer_logps(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0, :-1]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def test_responses_come_back_in_the_order_of_the_prompts_and_again_for_the_same_seed(servers):
+    prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
+    first = servers["untied"].generate(prompts, sampling())
+    assert len(first) == 9 and all(1 <= len(ids) <= 16 for ids in first)
+    assert len({tuple(ids) for ids in first[:3]}) > 1, "n samples of one prompt should differ"
+    assert servers["untied"].generate(prompts, sampling()) == first
+    assert servers["untied"].generate(prompts, sampling(seed=6)) != first
+
+
+def test_a_stop_token_ends_a_response_and_stays_in_it(servers):
+    everything = servers["untied"].generate([[5, 6, 7]], sampling(n=1, temperature=0.0))[0]
+    stop = everything[3]
+    stopped = servers["untied"].generate([[5, 6, 7]], sampling(n=1, temperature=0.0, stop_token_ids=(stop,)))[0]
+    assert stopped == everything[: everything.index(stop) + 1]
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/models"),
+        ("POST", "/v1/completions"),
+        ("POST", "/invocations"),
+        ("GET", "/server_info"),
+        ("GET", "/weight_info"),
+        ("GET", "/metrics"),
+        ("GET", "/openapi.json"),
+        ("POST", "/pause"),
+        ("POST", "/reset_prefix_cache"),
+        ("POST", "/init_weight_transfer_engine"),
+        ("POST", "/start_weight_update"),
+        ("POST", "/update_weights"),
+        ("POST", "/finish_weight_update"),
+        ("POST", "/collective_rpc"),
+    ],
+)
+def test_every_endpoint_but_health_wants_the_key(servers, method, path):
+    url = servers["untied"].url
+    assert requests.request(method, url + path, timeout=10).status_code == 401
+    assert requests.request(method, url + path, timeout=10, headers={"Authorization": "Bearer no"}).status_code == 401
+    assert requests.get(url + "/health", timeout=10).status_code == 200
+
+
+def test_a_wrong_key_is_explained(servers):
+    with pytest.raises(ServerError, match="JUSTRL_SERVER_KEY"):
+        RolloutClient(servers["untied"].url, "wrong").weight_version()
+
+
+@pytest.mark.parametrize("kind", ["untied", "tied"])
+def test_pushed_weights_are_the_served_weights(servers, base, tied_model, kind):
+    """Stale weights differ by about 0.2 on average, bfloat16 by a few thousandths; both are measured here."""
+    client = servers[kind]
+    accelerator = Accelerator(cpu=True)
+    model = AutoModelForCausalLM.from_pretrained({"untied": base, "tied": tied_model}[kind], dtype=torch.float32)
+    sync = WeightSync(accelerator, model, client, address="127.0.0.1", port=0, timeout_seconds=60)
+    for version in range(5):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        logps = trainer_logps(model, IDS)
+        stale_max, _ = sync.gap(IDS, logps)
+        sync.push(f"{kind}-{version}")
+        fresh_max, fresh_mean = sync.gap(IDS, logps)
+        assert client.weight_version() == f"{kind}-{version}"
+        assert fresh_max < 0.1 and fresh_mean < 0.03, f"{kind} {version}: {fresh_max} {fresh_mean}"
+        assert stale_max > 3 * fresh_max, f"the probe cannot tell stale ({stale_max}) from fresh ({fresh_max})"
+
+
+def test_a_new_trainer_takes_the_server_over(servers, base):
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for version in ("first trainer", "second trainer"):
+        sync = WeightSync(Accelerator(cpu=True), model, servers["untied"], address="127.0.0.1", port=0, timeout_seconds=60)
+        sync.push(version)
+        assert servers["untied"].weight_version() == version
+    assert sync.gap(IDS, trainer_logps(model, IDS))[0] < 0.1
+
+
+def test_weights_of_another_shape_are_refused_and_the_server_lives_on(servers, base, tied_model):
+    client = servers["untied"]
+    good = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    WeightSync(Accelerator(cpu=True), good, client, address="127.0.0.1", port=0, timeout_seconds=60).push("good")
+    other = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    other.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(3, 5))
+    sync = WeightSync(Accelerator(cpu=True), other, client, address="127.0.0.1", port=0, timeout_seconds=60)
+    with pytest.raises(ServerError):
+        sync.push("bad")
+    assert client.weight_version() == "good"
+    assert sync.gap(IDS, trainer_logps(good, IDS))[0] < 0.1
