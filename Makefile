@@ -10,6 +10,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(STACK)
 # the recipe's two ranks need no GPU; with one they share it
 CONFIG := accelerate_configs/$(if $(filter gpu,$(STACK)),zero3_1gpu,zero3_cpu_2proc).yaml
+# said here, DeepSpeed and torch need not guess aloud
+export OMP_NUM_THREADS ?= 1
+ifeq ($(STACK),cpu)
+export DS_ACCELERATOR ?= cpu
+endif
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' | column -t -s '|'

@@ -5,6 +5,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
 
 
+class StoppedByRankZero(RuntimeError):
+    """Rank 0 failed and said why; this rank has nothing to add."""
+
+
 def gather_ragged(rows: list[list[int]], accelerator: Accelerator) -> list[list[int]]:
     """All ranks' rows in rank order, on every rank. Every rank must hold the same number of rows.
 
@@ -47,10 +51,13 @@ def raise_together(error: Exception | None, accelerator: Accelerator) -> None:
 
     Args:
         error: rank 0's exception or None; ignored on other ranks.
+
+    Raises:
+        the exception itself on rank 0, `StoppedByRankZero` elsewhere.
     """
     if accelerator.is_main_process and error is not None:
         broadcast_object_list([f"{type(error).__name__}: {error}"])
         raise error
     message = broadcast_object_list([None])[0]
     if message is not None:
-        raise RuntimeError(f"rank 0 stopped the run: {message}")
+        raise StoppedByRankZero(message)

@@ -14,6 +14,7 @@ import transformers
 from datasets import Dataset
 from trl import ModelConfig, TrlParser
 
+from justrl_trl.collectives import StoppedByRankZero
 from justrl_trl.config import JustRLConfig
 from justrl_trl.data import (
     DataError,
@@ -44,7 +45,8 @@ class RunArguments:
         default=None, metadata={"help": "Commit of a Hub dataset; pin it for a paper."}
     )
     heldout_dataset_name: str | None = field(
-        default=None, metadata={"help": "Problems to sample before and after training, in any format of dataset_name."}
+        default=None,
+        metadata={"help": "Problems to sample before and after training, in any format of dataset_name; split 'test' of a folder."},
     )
     heldout_size: int = field(
         default=0, metadata={"help": "Without heldout_dataset_name: so many training problems are held out instead."}
@@ -110,6 +112,8 @@ def load_data(run: RunArguments, training: JustRLConfig, tokenizer) -> TrainingD
         heldout = None
         if run.heldout_dataset_name:
             heldout, _ = prepare_problems(_load(run.heldout_dataset_name, None, "test", None, "heldout"))
+        elif run.dataset_name == ARITHMETIC:
+            heldout, _ = prepare_problems(_load(ARITHMETIC, None, "test", None, "heldout"))  # it brings its own
         elif run.heldout_size:
             problems, heldout = split_heldout(problems, run.heldout_size, training.seed)
         kwargs = training.chat_template_kwargs
@@ -189,7 +193,7 @@ def one_paragraph_errors():
     """Mistakes in the input end the run with one paragraph and status 2 instead of a traceback per rank."""
     try:
         yield
-    except (ValueError, ServerError, OSError) as error:
+    except (ValueError, ServerError, StoppedByRankZero, OSError) as error:
         if os.environ.get("JUSTRL_TRACEBACK"):
             raise
         if int(os.environ.get("RANK", 0)) == 0:

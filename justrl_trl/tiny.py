@@ -49,7 +49,7 @@ OPERANDS = range(10, 50)  # two digits each and two in the sum: the tens never c
 HELDOUT_PAIRS = 64  # of 820 unordered operand pairs
 
 # The warm-up's answers. Phrases are drawn uniformly: many equally good ways to say one thing keep the entropy healthy.
-MIXTURE = {"boxed": 0.28, "unboxed": 0.44, "guess": 0.28}  # probabilities; they set the first reward, about -0.5
+MIXTURE = {"boxed": 0.25, "unboxed": 0.46, "guess": 0.29}  # probabilities; they set the first reward, about -0.5
 ONES = ("Ones: {}.", "Units: {}.", "First {}.", "Start with {}.", "We have {}.", "Adding {}.")
 TENS = (" Tens: {}.", " Then {}.", " Next {}.", " Also {}.", " And {}.", " Now {}.")
 CLOSERS = (" So the answer is {}.", " The answer is {}.", " So it is {}.", " We get {}.", " Thus {}.", " Hence {}.")

@@ -32,6 +32,8 @@ from justrl_trl.rollout import RolloutClient, Sampling
 from justrl_trl.server import ServerError
 from justrl_trl.weight_sync import WeightSync
 
+_PROBE_PROMPTS, _PROBE_TOKENS = 4, 256
+
 
 class JustRLTrainer(GRPOTrainer):
     """GRPO as JustRL runs it.
@@ -79,6 +81,7 @@ class JustRLTrainer(GRPOTrainer):
         self.heldout_dataset = heldout_dataset
         self.weight_sync: WeightSync | None = None  # set up with the first push, when the model is sharded
         self.stage_seconds: dict[str, float] = defaultdict(float)
+        self._probe: list[Sequence] = []  # fixed sequences that every push is checked on
         self._rollout_started = time.perf_counter()
         self._rewards = None  # (B,) of the current rollout step, all ranks
         self._base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
@@ -102,7 +105,8 @@ class JustRLTrainer(GRPOTrainer):
             rows, error = None, None
             if self.accelerator.is_main_process:
                 try:
-                    rows = self._ask_server(all_prompts[::num_generations], num_generations)
+                    sampling = self._sampling(num_generations, self.max_completion_length)
+                    rows = self._ask_server(all_prompts[::num_generations], sampling)
                 except ServerError as caught:
                     error = caught
             raise_together(error, self.accelerator)
@@ -110,10 +114,10 @@ class JustRLTrainer(GRPOTrainer):
             start = self.accelerator.process_index * len(prompt_ids)
             return [row.tolist() for row in rows[start : start + len(prompt_ids)]], None
 
-    def _ask_server(self, prompts: list[list[int]], n: int, seed_offset: int = 0) -> list[list[int]]:
-        sampling = Sampling(
+    def _sampling(self, n: int, max_tokens: int, seed_offset: int = 0) -> Sampling:
+        return Sampling(
             n=n,
-            max_tokens=self.max_completion_length,
+            max_tokens=max_tokens,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=self.top_k,
@@ -123,6 +127,9 @@ class JustRLTrainer(GRPOTrainer):
             # no seed twice in a run: rollout steps are 2^16 prompts apart
             seed=self.args.seed + (self.rollout_step << 16) + seed_offset,
         )
+
+    def _ask_server(self, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
+        """Sample with a progress bar (in a terminal)."""
         with tqdm(total=len(prompts), desc="generation", unit="prompt", leave=False, disable=None) as bar:
             tokens = 0
 
@@ -223,9 +230,7 @@ class JustRLTrainer(GRPOTrainer):
         old_logps = batch["old_per_token_logps"][part][kept]
         advantages = batch["advantages"][part].repeat_interleave(counts)
         mask = torch.ones_like(logps)  # packed rows hold no padding, and TRL has emptied masked responses
-        per_token = policy_loss(
-            logps, old_logps, advantages, mask, self.epsilon_low, self.epsilon_high, self.args.delta
-        )
+        per_token = policy_loss(logps, old_logps, advantages, mask, self.epsilon_low, self.epsilon_high, self.args.delta)
         loss = normalize(
             per_token,
             mask,
@@ -234,9 +239,7 @@ class JustRLTrainer(GRPOTrainer):
             sequences_in_step=totals["sequences"],
             tokens_in_step=totals["tokens"],
         )
-        sums = step_sums(
-            loss, logps, old_logps, advantages, mask, self.epsilon_low, self.epsilon_high, self.args.delta
-        )
+        sums = step_sums(loss, logps, old_logps, advantages, mask, self.epsilon_low, self.epsilon_high, self.args.delta)
         return loss, sums
 
     def _forward(self, model, row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
@@ -309,8 +312,8 @@ class JustRLTrainer(GRPOTrainer):
                     timeout_seconds=self.args.weight_sync_timeout,
                 )
             self.weight_sync.push(str(self.state.global_step))
-            ids = self._probe_ids()
-            largest, mean = self.weight_sync.gap(ids, self._score(ids))
+            self._probe = self._probe or self._make_probe()
+            largest, mean = self.weight_sync.gap(self._probe, self._score(self._probe))
         self._metrics["train"]["sync/logprob_gap_max"].append(largest)
         self._metrics["train"]["sync/logprob_gap_mean"].append(mean)
         if not mean <= self.args.sync_logprob_gap_limit:
@@ -321,14 +324,31 @@ class JustRLTrainer(GRPOTrainer):
                 "the trainer. Check that both run the pinned versions and serve the same model."
             )
 
+    def _make_probe(self) -> list[Sequence]:
+        """Responses of the policy, as it is at the first push, to the first training prompts: text that the policy finds
+        likely, where bfloat16 noise is small and a change of weights shows."""
+        prompts = self._tokenize_prompts(self.train_dataset[:_PROBE_PROMPTS]["prompt"])[0]
+        limit = min(_PROBE_TOKENS, self.max_completion_length)
+        rows, error = None, None
+        if self.accelerator.is_main_process:
+            try:
+                rows = self.client.generate(prompts, self._sampling(n=1, max_tokens=limit))
+            except ServerError as caught:
+                error = caught
+        raise_together(error, self.accelerator)
+        rows = broadcast_ragged(rows, len(prompts), self.accelerator)
+        return [
+            Sequence(torch.cat([torch.tensor(prompt), row.long()]), len(prompt))
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
+
     @torch.no_grad()
-    def _score(self, ids: list[int]) -> torch.Tensor:
-        """Log-probabilities `(len(ids) - 1,)` of `ids[1:]` under the policy. All ranks call it: a ZeRO-3 forward is a
+    def _score(self, sequences: list[Sequence]) -> torch.Tensor:
+        """Log-probabilities `(N,)` of all response tokens under the policy. All ranks call it: a ZeRO-3 forward is a
         collective. It takes the same way through the model as training does: DeepSpeed loses track of an untied head that is
         called as a module once and read directly later."""
         self.model_wrapped.eval()
-        row = pack([Sequence(torch.tensor(ids), prompt_length=1)], self.accelerator.device)
-        logps, _ = self._forward(self.model_wrapped, row)
+        logps, _ = self._forward(self.model_wrapped, pack(sequences, self.accelerator.device))
         self.model_wrapped.train()
         return logps
 
@@ -336,13 +356,6 @@ class JustRLTrainer(GRPOTrainer):
         version = None if self.weight_sync is None else self.weight_sync.version
         if version != str(self.state.global_step) and self.model.training:
             raise RuntimeError(f"The server has weight version {version}, the trainer is at {self.state.global_step}.")
-
-    def _probe_ids(self) -> list[int]:
-        """The first training problem with its solution, at most 256 tokens: the same text for the whole run."""
-        row = self.train_dataset[0]
-        ids = self._tokenize_prompts([row["prompt"]])[0][0]
-        answer = self.processing_class(f"\\boxed{{{row.get('solution', '')}}}", add_special_tokens=False)["input_ids"]
-        return [*ids, *answer][:256]
 
     # -- measure ------------------------------------------------------------------------------------------------------
 
@@ -371,9 +384,7 @@ class JustRLTrainer(GRPOTrainer):
         metrics["seconds/total"].append(total)
         metrics["tokens/generated"].append(generated)
         metrics["tokens_per_second/generation"].append(generated / max(self.stage_seconds["generation"], 1e-9))
-        metrics["tokens_per_second/training"].append(
-            sum(metrics["tokens/trained"]) / max(self.stage_seconds["training"], 1e-9)
-        )
+        metrics["tokens_per_second/training"].append(sum(metrics["tokens/trained"]) / max(self.stage_seconds["training"], 1e-9))
         metrics["tokens_per_second/total"].append(generated / total)
         self.stage_seconds.clear()
 
@@ -384,7 +395,7 @@ class JustRLTrainer(GRPOTrainer):
         """
         if self.heldout_dataset is None:
             return None
-        error, accuracy = None, torch.zeros(1, device=self.accelerator.device)
+        error, accuracy = None, torch.zeros(1, dtype=torch.float64, device=self.accelerator.device)
         if self.accelerator.is_main_process:
             try:
                 accuracy[0] = self._sample_heldout()
@@ -397,7 +408,7 @@ class JustRLTrainer(GRPOTrainer):
         n = self.args.heldout_generations
         rows = [row for row in self.heldout_dataset for _ in range(n)]
         prompt_ids = self._tokenize_prompts(list(self.heldout_dataset["prompt"]))[0]
-        responses = self._ask_server(prompt_ids, n, seed_offset=1 << 15)
+        responses = self._ask_server(prompt_ids, self._sampling(n, self.max_completion_length, seed_offset=1 << 15))
         texts = self.processing_class.batch_decode(responses, skip_special_tokens=True)
         columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
         completions = [[{"role": "assistant", "content": text}] for text in texts]

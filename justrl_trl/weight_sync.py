@@ -17,6 +17,7 @@ from peft import PeftModel
 
 from justrl_trl.collectives import raise_together
 from justrl_trl.gloo_group import GlooGroup
+from justrl_trl.packing import Sequence
 from justrl_trl.rollout import RolloutClient
 from justrl_trl.server import ServerError
 from justrl_trl.vllm_plugin import BACKEND as GLOO_BACKEND
@@ -260,12 +261,12 @@ class WeightSync:
         raise_together(error, self._accelerator)
         self.version = version
 
-    def gap(self, ids: list[int], logps: torch.Tensor) -> tuple[float, float]:
-        """Compare trainer and server on fixed tokens.
+    def gap(self, sequences: list[Sequence], logps: torch.Tensor) -> tuple[float, float]:
+        """Compare trainer and server on the responses of fixed sequences.
 
         Args:
-            ids: token ids, the same on all ranks.
-            logps: the trainer's log-probabilities of `ids[1:]`, temperature 1.
+            sequences: prompts with responses, the same on all ranks.
+            logps: `(N,)`, the trainer's log-probabilities of all their response tokens in order, temperature 1.
 
         Returns:
             Largest and mean |log p_trainer - log p_server|, on every rank.
@@ -273,7 +274,8 @@ class WeightSync:
         error, gap = None, torch.zeros(2, device=self._accelerator.device)
         if self._accelerator.is_main_process:
             try:
-                difference = (logps.float().cpu() - torch.tensor(self._client.prompt_logprobs(ids))).abs()
+                served = [self._client.prompt_logprobs(s.ids.tolist())[s.prompt_length - 1 :] for s in sequences]
+                difference = (logps.float().cpu() - torch.tensor([value for part in served for value in part])).abs()
                 gap.copy_(torch.stack([difference.max(), difference.mean()]))
             except Exception as caught:
                 error = caught

@@ -6,11 +6,13 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
+from justrl_trl.packing import Sequence
 from justrl_trl.rollout import RolloutClient, Sampling
 from justrl_trl.server import ServerError
 from justrl_trl.weight_sync import WeightSync
 
 IDS = [7, 19, 42, 55, 60, 61, 33, 20, 90, 14, 17, 80, 81, 82, 83, 9, 28, 45, 66, 71] * 5
+PROBE = [Sequence(torch.tensor(IDS), prompt_length=1)]
 
 
 def sampling(**changes) -> Sampling:
@@ -83,9 +85,9 @@ def test_pushed_weights_are_the_served_weights(servers, base, tied_model, kind):
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
         logps = trainer_logps(model, IDS)
-        stale_max, _ = sync.gap(IDS, logps)
+        stale_max, _ = sync.gap(PROBE, logps)
         sync.push(f"{kind}-{version}")
-        fresh_max, fresh_mean = sync.gap(IDS, logps)
+        fresh_max, fresh_mean = sync.gap(PROBE, logps)
         assert client.weight_version() == f"{kind}-{version}"
         assert fresh_max < 0.1 and fresh_mean < 0.03, f"{kind} {version}: {fresh_max} {fresh_mean}"
         assert stale_max > 3 * fresh_max, f"the probe cannot tell stale ({stale_max}) from fresh ({fresh_max})"
@@ -97,7 +99,7 @@ def test_a_new_trainer_takes_the_server_over(servers, base):
         sync = WeightSync(Accelerator(cpu=True), model, servers["untied"], address="127.0.0.1", port=0, timeout_seconds=60)
         sync.push(version)
         assert servers["untied"].weight_version() == version
-    assert sync.gap(IDS, trainer_logps(model, IDS))[0] < 0.1
+    assert sync.gap(PROBE, trainer_logps(model, IDS))[0] < 0.1
 
 
 def test_weights_of_another_shape_are_refused_and_the_server_lives_on(servers, base, tied_model):
@@ -110,4 +112,4 @@ def test_weights_of_another_shape_are_refused_and_the_server_lives_on(servers, b
     with pytest.raises(ServerError):
         sync.push("bad")
     assert client.weight_version() == "good"
-    assert sync.gap(IDS, trainer_logps(good, IDS))[0] < 0.1
+    assert sync.gap(PROBE, trainer_logps(good, IDS))[0] < 0.1

@@ -1,0 +1,318 @@
+"""Prompts and responses keep their order, requests say everything, and whatever a server does wrong ends as a `ServerError`."""
+
+import threading
+import time
+
+import pytest
+from fake_server import FakeServer
+
+from justrl_trl.rollout import RolloutClient, Sampling
+from justrl_trl.server import ServerError
+from justrl_trl.server_auth import KEY_VARIABLE
+
+SAMPLING = Sampling(
+    n=3,
+    max_tokens=48,
+    temperature=1.0,
+    top_p=0.9,
+    top_k=0,
+    min_p=0.0,
+    repetition_penalty=1.0,
+    stop_token_ids=(2, 5),
+    seed=100,
+)
+COMPLETIONS = "/v1/completions"
+MODELS = {"data": [{"id": "served/model"}]}
+
+
+def choices(prompt: list[int], n: int) -> list[dict]:
+    """Response i to prompt p is [p..., i] with i + 1 repeats: told apart by content and by length; last one first."""
+    made = [{"index": i, "token_ids": [*prompt, *[i] * (i + 1)]} for i in range(n)]
+    return made[::-1]
+
+
+def good(method: str, path: str, body: dict | None) -> tuple[int, object]:
+    if path == "/v1/models":
+        return 200, MODELS
+    return 200, {"choices": choices(body["prompt"], body["n"])}
+
+
+@pytest.fixture
+def serve():
+    """`serve(answer)`: a fake server and a client of it."""
+    servers = []
+
+    def start(answer=good, **client) -> tuple[FakeServer, RolloutClient]:
+        servers.append(FakeServer(answer))
+        return servers[-1], RolloutClient(servers[-1].url, "k3y", **client)
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+def expected(prompts: list[list[int]]) -> list[list[int]]:
+    return [[*prompt, *[i] * (i + 1)] for prompt in prompts for i in range(3)]
+
+
+def test_responses_lie_side_by_side_in_the_order_of_prompts(serve):
+    _, client = serve()
+    prompts = [[10 + i] * (1 + i % 4) for i in range(20)]
+    assert client.generate(prompts, SAMPLING) == expected(prompts)
+
+
+def test_order_does_not_depend_on_who_finishes_first(serve):
+    done = []
+
+    def slow_first(method, path, body):
+        if path == COMPLETIONS:
+            time.sleep(0.2 * (3 - body["prompt"][0]))
+            done.append(body["prompt"][0])
+        return good(method, path, body)
+
+    _, client = serve(slow_first)
+    prompts = [[1], [2], [3]]
+    assert client.generate(prompts, SAMPLING) == expected(prompts)
+    assert done == [3, 2, 1]
+
+
+def test_a_request_states_all_of_the_sampling(serve):
+    server, client = serve()
+    client.generate([[7, 8, 9]], SAMPLING)
+    assert server.bodies(COMPLETIONS) == [
+        {
+            "model": "served/model",
+            "prompt": [7, 8, 9],
+            "n": 3,
+            "max_tokens": 48,
+            "temperature": 1.0,
+            "top_p": 0.9,
+            "top_k": 0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "stop_token_ids": [2, 5],
+            "seed": 100,
+            "return_token_ids": True,
+        }
+    ]
+
+
+@pytest.mark.parametrize(("base", "seeds"), [(100, [100, 101, 102]), (2**31 - 2, [2**31 - 2, 2**31 - 1, 0])])
+def test_each_prompt_of_a_call_has_its_own_seed_within_31_bits(serve, base, seeds):
+    server, client = serve()
+    # the same prompt three times: without seeds of their own they would get the same responses
+    client.generate([[1], [1], [1]], Sampling(**{**SAMPLING.__dict__, "seed": base}))
+    assert sorted(body["seed"] for body in server.bodies(COMPLETIONS)) == sorted(seeds)
+
+
+def test_seeds_follow_the_prompts_and_not_the_threads(serve):
+    server, client = serve()
+    client.generate([[i] for i in range(30)], SAMPLING)
+    assert all(body["seed"] == 100 + body["prompt"][0] for body in server.bodies(COMPLETIONS))
+
+
+def test_every_request_carries_the_key(serve, monkeypatch):
+    server, client = serve()
+    client.generate([[1]], SAMPLING)
+    monkeypatch.setenv(KEY_VARIABLE, "from environment")
+    RolloutClient(server.url + "/").generate([[1]], SAMPLING)
+    keys = [headers["Authorization"] for *_, headers in server.requests]
+    assert keys == ["Bearer k3y"] * 2 + ["Bearer from environment"] * 2  # model name, then the prompt
+
+
+def test_the_model_name_is_asked_for_once(serve):
+    server, client = serve()
+    for _ in range(2):
+        client.generate([[1]], SAMPLING)
+    assert client.model == "served/model" and len(server.bodies("/v1/models")) == 1
+
+
+def test_no_more_prompts_are_in_flight_than_asked_for(serve):
+    lock, flight = threading.Lock(), {"now": 0, "most": 0}
+
+    def counted(method, path, body):
+        with lock:
+            flight["now"] += 1
+            flight["most"] = max(flight["most"], flight["now"])
+        time.sleep(0.02)
+        with lock:
+            flight["now"] -= 1
+        return good(method, path, body)
+
+    _, client = serve(counted, concurrency=4)
+    client.generate([[i] for i in range(24)], SAMPLING)
+    assert 2 <= flight["most"] <= 4
+
+
+def test_progress_is_told_in_tokens_per_prompt(serve):
+    _, client = serve()
+    told = []
+    client.generate([[1], [2, 2]], SAMPLING, told.append)
+    # three responses of len(prompt) + 1, + 2, + 3 tokens
+    assert sorted(told) == [3 * 1 + 6, 3 * 2 + 6]
+
+
+def test_no_prompt_is_no_request(serve):
+    server, client = serve()
+    assert client.generate([], SAMPLING) == [] and server.requests == []
+
+
+def test_a_proxy_of_the_environment_is_not_used(serve, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    _, client = serve()
+    assert client.generate([[1]], SAMPLING) == expected([[1]])
+
+
+def test_prompt_logprobs_are_those_of_the_tokens_that_were_sent(serve):
+    def answer(method, path, body):
+        if path == "/v1/models":
+            return 200, MODELS
+        # vLLM adds the most likely token where it is another one; the first token has no entry
+        entries = [None, {"7": {"logprob": -0.5}}, {"9": {"logprob": -2.5}, "4": {"logprob": -0.1}}]
+        return 200, {"choices": [{"prompt_logprobs": entries}]}
+
+    server, client = serve(answer)
+    assert client.prompt_logprobs([3, 7, 9]) == [-0.5, -2.5]
+    (body,) = server.bodies(COMPLETIONS)
+    assert body["prompt"] == [3, 7, 9] and body["temperature"] == 1.0 and body["prompt_logprobs"] == 0
+
+
+def test_weight_calls_go_where_vllm_has_them(serve):
+    def answer(method, path, body):
+        return 200, {
+            "/get_world_size": {"world_size": 4},
+            "/weight_info": {"weight_version": "12"},
+            "/server_info?config_format=json": {"vllm_config": {"x": 1}},
+        }.get(path, b"")  # the others answer with nothing
+
+    server, client = serve(answer)
+    assert client.world_size() == 4
+    assert client.weight_version() == "12"
+    assert client.vllm_config() == {"x": 1}
+    client.init_weight_transfer_engine({"port": 5})
+    client.start_weight_update()
+    client.update_weights({"names": ["a"]})
+    client.finish_weight_update("13")
+    assert [(method, path, body) for method, path, body, _ in server.requests] == [
+        ("GET", "/get_world_size", None),
+        ("GET", "/weight_info", None),
+        ("GET", "/server_info?config_format=json", None),
+        ("POST", "/init_weight_transfer_engine", {"init_info": {"port": 5}}),
+        ("POST", "/start_weight_update", {}),
+        ("POST", "/update_weights", {"update_info": {"names": ["a"]}}),
+        ("POST", "/finish_weight_update", {"weight_version": "13"}),
+        ("POST", "/reset_prefix_cache", None),  # no KV block of the old weights survives
+    ]
+
+
+def failing(status: int, value: object, where: str = COMPLETIONS):
+    def answer(method, path, body):
+        return (status, value) if path == where else good(method, path, body)
+
+    return answer
+
+
+def test_a_wrong_key_says_which_two_differ(serve):
+    _, client = serve(failing(401, {"error": "missing or wrong server key"}))
+    with pytest.raises(ServerError, match=rf"/v1/completions answered 401: .*wrong server key.*{KEY_VARIABLE} of the trainer differ"):
+        client.generate([[1]], SAMPLING)
+
+
+def test_missing_weight_routes_say_how_to_open_them(serve):
+    _, client = serve(lambda *request: (404, {"detail": "Not Found"}))
+    with pytest.raises(ServerError, match=r"/start_weight_update answered 404: .*VLLM_SERVER_DEV_MODE=1"):
+        client.start_weight_update()
+    with pytest.raises(ServerError, match=r"/v1/completions answered 404: .*Not Found") as raised:
+        client._model = "other/model"
+        client.generate([[1]], SAMPLING)
+    assert "VLLM_SERVER_DEV_MODE" not in str(raised.value)  # that route is always there: it is the model that is not
+
+
+def test_weight_transfer_that_is_off_says_how_to_turn_it_on(serve):
+    _, client = serve(lambda *request: (500, {"error": "weight_transfer_config is not set"}))
+    with pytest.raises(ServerError, match=r"answered 500: weight transfer is off. Start the server with --weight-transfer-config"):
+        client.init_weight_transfer_engine({})
+
+
+def test_an_error_of_the_server_is_told_in_its_own_words(serve):
+    _, client = serve(failing(500, {"error": "engine died: " + "x" * 5000}))
+    with pytest.raises(ServerError, match=r"/v1/completions answered 500: .*engine died") as raised:
+        client.generate([[1], [2]], SAMPLING)
+    assert len(str(raised.value)) < 700  # but not at any length
+
+
+def test_a_hanging_server_ends_at_the_deadline(serve):
+    def hang(method, path, body):
+        if path == COMPLETIONS:
+            time.sleep(5)
+        return good(method, path, body)
+
+    _, client = serve(hang, request_seconds=0.3)
+    started = time.monotonic()
+    with pytest.raises(ServerError, match=r"/v1/completions did not answer within 0 s. The server hangs or is overloaded"):
+        client.generate([[1]], SAMPLING)
+    assert time.monotonic() - started < 3
+
+
+def test_a_server_that_is_gone_says_where_to_look(serve):
+    server, client = serve()
+    server.close()
+    with pytest.raises(ServerError, match=r"/weight_info cannot be reached .*died or was never there.*vllm_server\.log"):
+        client.weight_version()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        [],
+        choices([1], 2),
+        choices([1], 4),
+        [*choices([1], 2), {"index": 2, "token_ids": []}],
+        [*choices([1], 2), {"index": 2}],  # a server that does not know return_token_ids
+        [*choices([1], 2), {"index": 2, "token_ids": None}],
+    ],
+    ids=["none", "too few", "too many", "an empty one", "no token ids", "null token ids"],
+)
+def test_anything_but_n_responses_is_an_error_with_both_numbers(serve, broken):
+    _, client = serve(failing(200, {"choices": broken}))
+    with pytest.raises(ServerError, match=rf"answered {len(broken)} responses.*3 were asked for.*pinned vLLM"):
+        client.generate([[1]], SAMPLING)
+
+
+@pytest.mark.xfail(strict=True, reason="only the request is guarded: an answer of another form raises what requests or dict raises")
+@pytest.mark.parametrize("nonsense", [b"<html>a proxy's page</html>", {"data": []}, [1]], ids=["not JSON", "no model", "a list"])
+def test_an_answer_of_another_form_is_a_server_error_too(serve, nonsense):
+    _, client = serve(lambda *request: (200, nonsense))
+    with pytest.raises(ServerError):
+        client.generate([[1]], SAMPLING)
+
+
+def test_the_first_failure_is_told_without_waiting_for_the_prompts_in_flight(serve):
+    release = threading.Event()
+
+    def one_fails(method, path, body):
+        if path == COMPLETIONS and body["prompt"] == [2]:
+            return 500, {"error": "engine died"}
+        if path == COMPLETIONS:
+            release.wait(4)
+        return good(method, path, body)
+
+    _, client = serve(one_fails)
+    started = time.monotonic()
+    try:
+        with pytest.raises(ServerError, match="engine died"):
+            client.generate([[1], [2], [3]], SAMPLING)
+        assert time.monotonic() - started < 2
+    finally:
+        release.set()
+
+
+def test_prompts_that_have_not_been_sent_are_dropped_after_a_failure(serve):
+    server, client = serve(failing(500, {"error": "full"}), concurrency=2)
+    with pytest.raises(ServerError):
+        client.generate([[i] for i in range(200)], SAMPLING)
+    time.sleep(0.2)
+    assert len(server.bodies(COMPLETIONS)) < 100
