@@ -2,22 +2,24 @@
 
 import os
 
-# before any library reads it: a unit test that reaches for the Hub is a mistake
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 import pytest
 import torch
-
-torch.set_num_threads(1)
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "JUSTRL_SERVER_KEY")
 
 
 @pytest.fixture(autouse=True)
-def no_launcher(monkeypatch):
-    """Tests run as if started by hand, whatever started pytest."""
+def by_hand(monkeypatch):
+    """Tests run as if started by hand, whatever started pytest; their child processes never reach for the Hub."""
     for name in [name for name in os.environ if name in LAUNCHER or name.startswith("ACCELERATE_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Small tensors gain nothing from more, and other processes share the machine."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

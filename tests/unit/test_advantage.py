@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from recorded import both_sets, core_rows, differs, tensor
 
 from justrl_trl.advantage import group_advantages
+
+from .recorded import both_sets, core_rows, differs, tensor
 
 
 @both_sets

@@ -160,7 +160,9 @@ def test_a_batch_that_cuts_a_group_is_refused():
 
 def test_a_per_device_batch_that_contradicts_the_whole_one_is_refused(ranks):
     ranks(2)
-    with pytest.raises(ValueError, match=r"per_device_train_batch_size=8 .*=2048 over 2 ranks, which gives 256. Leave it unset"):
+    with pytest.raises(
+        ValueError, match=r"per_device_train_batch_size=8 .*=2048 over 2 ranks, which gives 256. Leave it unset"
+    ):
         config(per_device_train_batch_size=8)
 
 
@@ -204,7 +206,9 @@ def test_a_micro_batch_too_small_for_one_sequence_is_refused():
     assert config(max_tokens_per_micro_batch=16384).max_tokens_per_micro_batch == 16384
 
 
-@pytest.mark.xfail(strict=True, reason="the choices of the field bind options only: a recipe's typo surfaces in the first training step")
+@pytest.mark.xfail(
+    strict=True, reason="the choices of the field bind options only: a recipe's typo surfaces in the first training step"
+)
 def test_an_unknown_normalization_is_refused():
     with pytest.raises(ValueError, match="loss_normalization"):
         config(loss_normalization="mean")

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from recorded import both_sets, core_rows, differs, tensor
 
 from justrl_trl.loss import normalize, policy_loss
+
+from .recorded import both_sets, core_rows, differs, tensor
 
 CLIP = {"epsilon_low": 0.2, "epsilon_high": 0.28, "delta": 10.0}
 

@@ -4,9 +4,10 @@ import math
 
 import pytest
 import torch
-from recorded import both_sets, core_rows, tensor
 
 from justrl_trl.metrics import STEP_SUMS, rollout_metrics, step_metrics, step_sums
+
+from .recorded import both_sets, core_rows, tensor
 
 CLIP = {"epsilon_low": 0.2, "epsilon_high": 0.28, "delta": 10.0}
 

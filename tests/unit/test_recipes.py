@@ -7,10 +7,11 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
-from test_config import SCRIPT, TABLE_2
 
 from justrl_trl import launch
 from justrl_trl.config import JustRLConfig
+
+from .test_config import SCRIPT, TABLE_2
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

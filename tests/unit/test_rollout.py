@@ -4,11 +4,12 @@ import threading
 import time
 
 import pytest
-from fake_server import FakeServer
 
 from justrl_trl.rollout import RolloutClient, Sampling
 from justrl_trl.server import ServerError
 from justrl_trl.server_auth import KEY_VARIABLE
+
+from .fake_server import FakeServer
 
 SAMPLING = Sampling(
     n=3,
@@ -217,7 +218,9 @@ def failing(status: int, value: object, where: str = COMPLETIONS):
 
 def test_a_wrong_key_says_which_two_differ(serve):
     _, client = serve(failing(401, {"error": "missing or wrong server key"}))
-    with pytest.raises(ServerError, match=rf"/v1/completions answered 401: .*wrong server key.*{KEY_VARIABLE} of the trainer differ"):
+    with pytest.raises(
+        ServerError, match=rf"/v1/completions answered 401: .*wrong server key.*{KEY_VARIABLE} of the trainer differ"
+    ):
         client.generate([[1]], SAMPLING)
 
 
@@ -233,7 +236,9 @@ def test_missing_weight_routes_say_how_to_open_them(serve):
 
 def test_weight_transfer_that_is_off_says_how_to_turn_it_on(serve):
     _, client = serve(lambda *request: (500, {"error": "weight_transfer_config is not set"}))
-    with pytest.raises(ServerError, match=r"answered 500: weight transfer is off. Start the server with --weight-transfer-config"):
+    with pytest.raises(
+        ServerError, match=r"answered 500: weight transfer is off. Start the server with --weight-transfer-config"
+    ):
         client.init_weight_transfer_engine({})
 
 
@@ -282,8 +287,12 @@ def test_anything_but_n_responses_is_an_error_with_both_numbers(serve, broken):
         client.generate([[1]], SAMPLING)
 
 
-@pytest.mark.xfail(strict=True, reason="only the request is guarded: an answer of another form raises what requests or dict raises")
-@pytest.mark.parametrize("nonsense", [b"<html>a proxy's page</html>", {"data": []}, [1]], ids=["not JSON", "no model", "a list"])
+@pytest.mark.xfail(
+    strict=True, reason="only the request is guarded: an answer of another form raises what requests or dict raises"
+)
+@pytest.mark.parametrize(
+    "nonsense", [b"<html>a proxy's page</html>", {"data": []}, [1]], ids=["not JSON", "no model", "a list"]
+)
 def test_an_answer_of_another_form_is_a_server_error_too(serve, nonsense):
     _, client = serve(lambda *request: (200, nonsense))
     with pytest.raises(ServerError):

@@ -149,7 +149,9 @@ def test_hardware_follows_from_ranks_and_gpus(ranks, gpus, gpu, backend):
 def test_a_port_that_is_taken_is_an_error_with_the_remedy_and_starts_nothing(tmp_path, host):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        with pytest.raises(ServerError, match=rf"Port {port} on {host} cannot be used .*in use.*another vllm_server_port, or leave it at 0"):
+        with pytest.raises(
+            ServerError, match=rf"Port {port} on {host} cannot be used .*in use.*another vllm_server_port, or leave it at 0"
+        ):
             ManagedServer(spec(tmp_path, host=host, port=port))
     assert not (tmp_path / "logs").exists()
 

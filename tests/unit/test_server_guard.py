@@ -23,7 +23,9 @@ time.sleep(600)
 # The same, deaf to SIGTERM.
 DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + FAMILY
 # A server that leaves its worker behind and ends with status 7.
-LEAVES = FAMILY.replace("time.sleep(600)\n", "while not os.path.exists(sys.argv[1] + '/worker'): time.sleep(0.01)\nsys.exit(7)\n")
+LEAVES = FAMILY.replace(
+    "time.sleep(600)\n", "while not os.path.exists(sys.argv[1] + '/worker'): time.sleep(0.01)\nsys.exit(7)\n"
+)
 
 
 def wait_for(condition, what: str):

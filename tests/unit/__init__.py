@@ -1,0 +1,1 @@
+"""A package, so that a module here may have the name of one in `tests/integration`."""
