@@ -18,9 +18,7 @@ def group_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, epsilon: fl
         `(B,)` in the dtype of `rewards`.
     """
     if rewards.shape != group_ids.shape or rewards.dim() != 1:
-        raise ValueError(
-            f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)} must be 1-D and alike."
-        )
+        raise ValueError(f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)} must be 1-D and alike.")
     _, group = torch.unique(group_ids, return_inverse=True)
     count = torch.bincount(group).to(rewards.dtype)
     zeros = torch.zeros_like(count)

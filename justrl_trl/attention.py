@@ -44,7 +44,8 @@ def use_packed_attention(model: PreTrainedModel) -> None:
 def packed_arguments(model: PreTrainedModel, lengths: list[int], device: torch.device) -> dict:
     """Keyword arguments of `model(...)` that tell its attention where sequences of a packed row begin and end."""
     if model.config._attn_implementation == PACKED_SDPA:
-        kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
+        windowed = getattr(model.config, "sliding_window", None) and not hasattr(model.config, "layer_types")
+        kinds = set(getattr(model.config, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"])
         if kinds != {"full_attention"}:
             raise ValueError(
                 f"The model has attention layers of kinds {sorted(kinds)}; packed rows without FlashAttention support full "

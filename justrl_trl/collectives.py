@@ -22,11 +22,7 @@ def gather_ragged(rows: list[list[int]], accelerator: Accelerator) -> list[list[
     flat = torch.zeros(max(totals), dtype=torch.int32, device=accelerator.device)
     flat[: totals[accelerator.process_index]] = torch.tensor([t for row in rows for t in row], dtype=torch.int32)
     tokens = accelerator.gather(flat).view(accelerator.num_processes, -1).cpu()
-    return [
-        row.tolist()
-        for rank, total in enumerate(totals)
-        for row in tokens[rank, :total].split(all_lengths[rank].tolist())
-    ]
+    return [row.tolist() for rank, total in enumerate(totals) for row in tokens[rank, :total].split(all_lengths[rank].tolist())]
 
 
 def broadcast_ragged(rows: list[list[int]] | None, count: int, accelerator: Accelerator) -> list[torch.Tensor]:

@@ -25,9 +25,7 @@ class JustRLConfig(GRPOConfig):
         ValueError: naming the value, the reason and the remedy, for every combination that the recipe cannot honour.
     """
 
-    output_dir: str | None = field(
-        default="runs/justrl", metadata={"help": "Run folder: everything a run writes is in it."}
-    )
+    output_dir: str | None = field(default="runs/justrl", metadata={"help": "Run folder: everything a run writes is in it."})
 
     # batch geometry (Table 2: batch 256 prompts x 8 rollouts, mini-batch 64 prompts)
     generation_batch_size: int | None = field(
@@ -59,9 +57,7 @@ class JustRLConfig(GRPOConfig):
     )
     warmup_rollout_steps: int = field(
         default=10,
-        metadata={
-            "help": "Linear warm-up, advanced once per rollout step as in the reference: the first one has lr 0."
-        },
+        metadata={"help": "Linear warm-up, advanced once per rollout step as in the reference: the first one has lr 0."},
     )
     save_rollout_steps: int = field(
         default=50,
@@ -72,9 +68,7 @@ class JustRLConfig(GRPOConfig):
     max_prompt_length: int = field(
         default=1024, metadata={"help": "Prompts longer than this many templated tokens are dropped before training."}
     )
-    max_completion_length: int | None = field(
-        default=15360, metadata={"help": "Response tokens at most; longer ones are cut."}
-    )
+    max_completion_length: int | None = field(default=15360, metadata={"help": "Response tokens at most; longer ones are cut."})
     vllm_max_model_length: int | None = field(
         default=None,
         metadata={"help": "Context of the server in tokens; default max_prompt_length + max_completion_length."},
@@ -87,13 +81,9 @@ class JustRLConfig(GRPOConfig):
     )
     delta: float | None = field(
         default=10.0,
-        metadata={
-            "help": "Dual clip: for negative advantages the loss is at most delta x |advantage| (script: clip_ratio_c)."
-        },
+        metadata={"help": "Dual clip: for negative advantages the loss is at most delta x |advantage| (script: clip_ratio_c)."},
     )
-    beta: float = field(
-        default=0.0, metadata={"help": "KL coefficient; the recipe has none, and other values are refused."}
-    )
+    beta: float = field(default=0.0, metadata={"help": "KL coefficient; the recipe has none, and other values are refused."})
     advantage_epsilon: float = field(
         default=1e-6, metadata={"help": "Added to a group's standard deviation (reference 1e-6; TRL's own is 1e-4)."}
     )
@@ -112,9 +102,7 @@ class JustRLConfig(GRPOConfig):
 
     # optimizer (Table 2: lr 1e-6; script: constant after warm-up, weight decay 0.1 on everything, clip 1.0)
     learning_rate: float = field(default=1e-6, metadata={"help": "AdamW learning rate after warm-up."})
-    lr_scheduler_type: str = field(
-        default="constant", metadata={"help": "Must stay 'constant': see warmup_rollout_steps."}
-    )
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Must stay 'constant': see warmup_rollout_steps."})
     weight_decay: float = field(
         default=0.1, metadata={"help": "On all parameters, norms and biases included, as in the reference."}
     )
@@ -132,36 +120,20 @@ class JustRLConfig(GRPOConfig):
     vllm_mode: str = field(default="server", metadata={"help": "Always 'server'."})
     vllm_server_base_url: str | None = field(
         default=None,
-        metadata={
-            "help": "Address of a running server, e.g. http://127.0.0.1:8000; default: start one on this machine."
-        },
+        metadata={"help": "Address of a running server, e.g. http://127.0.0.1:8000; default: start one on this machine."},
     )
     vllm_server_host: str = field(default="127.0.0.1", metadata={"help": "Where a managed server binds."})
     vllm_server_port: int = field(default=0, metadata={"help": "Port of a managed server; 0 takes a free one."})
-    vllm_server_timeout: float = field(
-        default=600.0, metadata={"help": "Seconds to wait for a server to become healthy."}
-    )
-    vllm_group_port: int = field(
-        default=0, metadata={"help": "Port of the weight broadcast group; 0 takes a free one."}
-    )
+    vllm_server_timeout: float = field(default=600.0, metadata={"help": "Seconds to wait for a server to become healthy."})
+    vllm_group_port: int = field(default=0, metadata={"help": "Port of the weight broadcast group; 0 takes a free one."})
     weight_sync_address: str = field(
         default="127.0.0.1",
-        metadata={
-            "help": "Address of rank 0 that rollout workers reach for weights; one interface, never all of them."
-        },
+        metadata={"help": "Address of rank 0 that rollout workers reach for weights; one interface, never all of them."},
     )
-    weight_sync_timeout: float = field(
-        default=300.0, metadata={"help": "Seconds before a push that makes no progress fails."}
-    )
-    vllm_gpu_memory_utilization: float = field(
-        default=0.85, metadata={"help": "Share of GPU memory of a managed server."}
-    )
-    server_dtype: str = field(
-        default="bfloat16", metadata={"help": "Weights of a managed server: bfloat16 or float32."}
-    )
-    server_max_num_seqs: int = field(
-        default=256, metadata={"help": "Sequences that a managed server decodes at once."}
-    )
+    weight_sync_timeout: float = field(default=300.0, metadata={"help": "Seconds before a push that makes no progress fails."})
+    vllm_gpu_memory_utilization: float = field(default=0.85, metadata={"help": "Share of GPU memory of a managed server."})
+    server_dtype: str = field(default="bfloat16", metadata={"help": "Weights of a managed server: bfloat16 or float32."})
+    server_max_num_seqs: int = field(default=256, metadata={"help": "Sequences that a managed server decodes at once."})
     server_kv_cache_mib: int = field(default=256, metadata={"help": "KV cache of a managed CPU server, MiB."})
     request_timeout: float = field(
         default=3600.0,
@@ -170,8 +142,8 @@ class JustRLConfig(GRPOConfig):
     sync_logprob_gap_limit: float = field(
         default=0.1,
         metadata={
-            "help": "Mean |log p_trainer - log p_server| over the probe tokens after a push; more is an error. bfloat16 noise is "
-            "0.002 on the tiny model and 0.05 on a 135M one, stale weights show 0.2 and more, scrambled ones several nats."
+            "help": "Mean |log p_trainer - log p_server| over the probe tokens after a push; more is an error. bfloat16 noise "
+            "is 0.002 on the tiny model and 0.05 on a 135M one, stale weights show 0.2 and more, scrambled ones several nats."
         },
     )
 
@@ -180,25 +152,18 @@ class JustRLConfig(GRPOConfig):
         default=4,
         metadata={"help": "Completions written to samples.jsonl per rollout step, with prompt, solution and reward."},
     )
-    heldout_generations: int = field(
-        default=4, metadata={"help": "Responses per held-out problem, before and after training."}
-    )
+    heldout_generations: int = field(default=4, metadata={"help": "Responses per held-out problem, before and after training."})
 
     # what HF decides differently
-    bf16: bool | None = field(
-        default=None, metadata={"help": "bf16 compute over fp32 master weights; default: on with a GPU."}
-    )
+    bf16: bool | None = field(default=None, metadata={"help": "bf16 compute over fp32 master weights; default: on with a GPU."})
     save_only_model: bool = field(default=False, metadata={"help": "False keeps optimizer and RNG, needed to resume."})
-    report_to: list[str] | str | None = field(
-        default="none", metadata={"help": "trackio, wandb, tensorboard, ... or none."}
-    )
-    disable_tqdm: bool | None = field(
-        default=True, metadata={"help": "HF's own bar counts optimizer steps; ours replaces it."}
-    )
+    report_to: list[str] | str | None = field(default="none", metadata={"help": "trackio, wandb, tensorboard, ... or none."})
+    disable_tqdm: bool | None = field(default=True, metadata={"help": "HF's own bar counts optimizer steps; ours replaces it."})
 
     def __post_init__(self):
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         self._check_fixed_choices()
+        self._check_ranges()
         self._derive_batch(world_size)
         self._derive_steps()
         self._derive_hardware(world_size)
@@ -239,6 +204,13 @@ class JustRLConfig(GRPOConfig):
             "scale_rewards": ("group", "the reference divides by the group's standard deviation"),
             "top_entropy_quantile": (1.0, "the recipe trains on every token"),
             "entropy_coef": (0.0, "the recipe has no entropy bonus"),
+            "use_adaptive_entropy": (False, "the recipe has no entropy bonus"),
+            "loss_type": ("dapo", "the training step is this package's own: use loss_normalization"),
+            "multi_objective_aggregation": ("sum_then_normalize", "advantages come from the sum of the rewards"),
+            "off_policy_mask_threshold": (None, "the recipe trains on every token"),
+            "sync_ref_model": (False, "there is no reference model"),
+            "use_liger_kernel": (False, "TRL 1.16 has no Liger loss behind it, and its layer patches are deprecated"),
+            "save_strategy": ("steps", "checkpoints lie between rollout steps: use save_rollout_steps"),
             "temperature": (
                 1.0,
                 "the reference trains at 1, and trainer and server are compared at 1 after every push",
@@ -250,14 +222,33 @@ class JustRLConfig(GRPOConfig):
             if getattr(given, "value", given) != value:
                 raise ValueError(f"{name}={given!r} is not supported: {reason}. Leave it at {value!r}.")
 
+    def _check_ranges(self) -> None:
+        least = {"generation_batch_size": 1, "steps_per_generation": 1, "num_generations": 2, "num_iterations": 1}
+        least |= {"num_rollout_steps": 1, "warmup_rollout_steps": 0, "save_rollout_steps": 0}
+        least |= {"max_prompt_length": 1, "max_completion_length": 1, "heldout_generations": 1, "num_completions_to_save": 0}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < minimum:
+                raise ValueError(
+                    f"{name}={value!r} makes no sense: it counts something. Give an integer of at least {minimum}."
+                )
+        if self.loss_normalization not in ("reference", "token_mean"):
+            raise ValueError(f"loss_normalization={self.loss_normalization!r} is unknown. Use 'reference' or 'token_mean'.")
+        if self.delta is None or self.delta <= 1 + self.epsilon_high:
+            raise ValueError(
+                f"delta={self.delta} must lie above 1 + epsilon_high = {1 + self.epsilon_high:g}: it bounds ratios that the "
+                "upper clip lets through. The reference uses 10; for no dual clip give a large number."
+            )
+
     def _derive_batch(self, world_size: int) -> None:
         shares = self.steps_per_generation * world_size
         if self.generation_batch_size % shares:
             lower = self.generation_batch_size // shares * shares
+            examples = f"{lower} or {lower + shares}" if lower else f"{shares}"
             raise ValueError(
                 f"generation_batch_size={self.generation_batch_size} does not divide into {self.steps_per_generation} "
                 f"optimizer steps x {world_size} ranks = {shares} equal shares. Use a multiple of {shares} (for example "
-                f"{lower or shares} or {lower + shares}), or another number of ranks."
+                f"{examples}), or another number of ranks."
             )
         if self.generation_batch_size % self.num_generations:
             raise ValueError(
@@ -274,8 +265,6 @@ class JustRLConfig(GRPOConfig):
         self.per_device_train_batch_size, self.generation_batch_size = rows, None
 
     def _derive_steps(self) -> None:
-        if self.num_rollout_steps < 1:
-            raise ValueError(f"num_rollout_steps={self.num_rollout_steps}: a run needs at least 1.")
         per_rollout = self.optimizer_steps_per_rollout_step
         derived = {
             "max_steps": (self.num_rollout_steps * per_rollout, "num_rollout_steps"),
@@ -296,10 +285,16 @@ class JustRLConfig(GRPOConfig):
         if torch.cuda.is_available():
             self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
             return
-        # Without a GPU: fp32 and gloo. `use_cpu` must stay off: with it accelerate silently drops DeepSpeed.
-        self.bf16 = bool(self.bf16)
+        # Without a GPU: float32, as the plan says (a recipe's bf16 is for its GPUs), and gloo. `use_cpu` must stay off: with
+        # it accelerate silently drops DeepSpeed.
+        self.bf16 = False
         if world_size > 1:
             self.ddp_backend = self.ddp_backend or "gloo"
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            import deepspeed.ops
+
+            # On CPU, DeepSpeed would compile a shared-memory all-reduce for minutes that only its inference engine calls
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if self.use_cpu:
             raise ValueError(
                 "use_cpu=True makes accelerate drop DeepSpeed without a word. Leave it off: a CPU is found by itself."

@@ -30,7 +30,7 @@ class GlooGroup:
         self._listener = None
         self._group = None
         if rank == 0:
-            self._listener = socket.create_server((address, port), family=_family(address))
+            self._listener = socket.create_server((address, port), family=address_family(address))
             self.port = self._listener.getsockname()[1]
 
     def join(self) -> None:
@@ -70,7 +70,7 @@ class GlooGroup:
         self._group = self._listener = None
 
 
-def _family(address: str) -> socket.AddressFamily:
+def address_family(address: str) -> socket.AddressFamily:
     """IPv6 only for a literal IPv6 address; host names resolve to IPv4 as in torch's launcher."""
     try:
         return socket.AF_INET6 if ipaddress.ip_address(address).version == 6 else socket.AF_INET

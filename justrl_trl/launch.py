@@ -26,7 +26,7 @@ from justrl_trl.data import (
 )
 from justrl_trl.rollout import RolloutClient
 from justrl_trl.server import ManagedServer, ServerError, ServerSpec, check_compiler, pick_hardware
-from justrl_trl.tiny import ARITHMETIC, TINY_BASE, arithmetic_problems
+from justrl_trl.tiny import ARITHMETIC, TINY_BASE, arithmetic_problems, tiny_base_folder
 
 DEFAULT_RECIPE = Path("recipes/tiny.yaml")
 
@@ -41,19 +41,17 @@ class RunArguments:
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_revision: str | None = field(
-        default=None, metadata={"help": "Commit of a Hub dataset; pin it for a paper."}
-    )
+    dataset_revision: str | None = field(default=None, metadata={"help": "Commit of a Hub dataset; pin it for a paper."})
     heldout_dataset_name: str | None = field(
         default=None,
-        metadata={"help": "Problems to sample before and after training, in any format of dataset_name; split 'test' of a folder."},
+        metadata={
+            "help": "Problems to sample before and after training, in any format of dataset_name; split 'test' of a folder."
+        },
     )
     heldout_size: int = field(
         default=0, metadata={"help": "Without heldout_dataset_name: so many training problems are held out instead."}
     )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Print the resolved configuration and the plan, then exit."}
-    )
+    dry_run: bool = field(default=False, metadata={"help": "Print the resolved configuration and the plan, then exit."})
 
 
 @dataclass
@@ -69,15 +67,14 @@ def parse(default_recipe: Path) -> tuple[RunArguments, JustRLConfig, ModelConfig
     """Arguments from `--config FILE` and the command line; without any `--config`, from `default_recipe`.
 
     Raises:
-        ValueError: for an unknown key or a rule that is broken.
-        SystemExit: for an unknown option (argparse).
+        ValueError: for an unknown key or option, or a rule that is broken.
     """
     argv = sys.argv[1:]
     # an option is --config FILE for TrlParser, which does not know the --config=FILE spelling
     argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" not in argv:
         argv = ["--config", str(default_recipe), *argv]
-    path = Path(argv[argv.index("--config") + 1])
+    path = Path("".join(argv[argv.index("--config") + 1 :][:1]))
     if not path.is_file():
         raise ValueError(f"--config {path}: there is no such file. Recipes are in recipes/*.yaml.")
     parser = TrlParser((RunArguments, JustRLConfig, ModelConfig))
@@ -93,6 +90,8 @@ def resolve_model(model: ModelConfig, training: JustRLConfig) -> str:
     if model.model_name_or_path != TINY_BASE:
         return model.model_name_or_path
     with training.distributed_state.local_main_process_first():
+        if (folder := tiny_base_folder()).is_dir():
+            return str(folder)
         launcher = ("ACCELERATE_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_")
         env = {k: v for k, v in os.environ.items() if not k.startswith(launcher)}
         build = [sys.executable, "-m", "justrl_trl.tiny"]

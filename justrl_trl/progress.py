@@ -26,18 +26,13 @@ def plan_lines(
         ("model", model),
         ("data", dataset),
         *(("", line) for line in data_lines),
-        (
-            "held out",
-            f"{heldout_size} problems x {training.heldout_generations} responses, before and after"
-            if heldout_size
-            else "none",
-        ),
+        ("held out", held_out if heldout_size else "none"),
         ("rollouts", f"{server}, weights in {training.server_dtype}"),
         ("trainer", f"{ranks}, {sharding}, {'bfloat16 over float32' if training.bf16 else 'float32'}"),
         (
             "rollout step",
-            f"{prompts} prompts x {training.num_generations} responses = {responses:,}; at most {training.max_prompt_length:,} + "
-            f"{training.max_completion_length:,} tokens each, {most:,} new tokens in all",
+            f"{prompts} prompts x {training.num_generations} responses = {responses:,}; at most "
+            f"{training.max_prompt_length:,} + {training.max_completion_length:,} tokens each, {most:,} new tokens in all",
         ),
         (
             "length",
@@ -75,9 +70,7 @@ class RolloutStepPrinter:
         step = row["rollout_step"]
         self._recent = [*self._recent[-9:], row["seconds/total"]]
         left = timedelta(seconds=round((self._total - step) * sum(self._recent) / len(self._recent)))
-        stages = " ".join(
-            f"{name[:5]} {row[f'seconds/{name}']:.1f}" for name in ("generation", "scoring", "training", "sync")
-        )
+        stages = " ".join(f"{name[:5]} {row[f'seconds/{name}']:.1f}" for name in ("generation", "scoring", "training", "sync"))
         print(
             f"rollout step {step:>{self._width}}/{self._total}  reward {row['reward']:+.3f}  entropy {row['entropy']:.2f}  "
             f"length {row['completions/mean_length']:,.0f} (max {row['completions/max_length']:,.0f}, "

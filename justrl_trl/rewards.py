@@ -131,9 +131,7 @@ def dapo_score(response: str, ground_truth: Any, strict_box: bool = True) -> Dap
     return DapoScore(CORRECT if correct else WRONG, prediction)
 
 
-def overlong_penalty(
-    response_length: int, max_response_length: int, buffer_length: int, penalty_factor: float = 1.0
-) -> float:
+def overlong_penalty(response_length: int, max_response_length: int, buffer_length: int, penalty_factor: float = 1.0) -> float:
     """Soft length penalty, added to the score: `min(0, -(L - (max - buffer)) / buffer * factor)`; lengths in tokens.
 
     0 up to `max_response_length - buffer_length`, `-penalty_factor` at `max_response_length`, and lower beyond it: the

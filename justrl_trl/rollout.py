@@ -94,6 +94,9 @@ class RolloutClient:
             `len(prompts) * n` lists of response token ids, the n of a prompt side by side, in the order of `prompts`.
         """
         responses: list[list[list[int]]] = [[] for _ in prompts]
+        if not prompts:
+            return []
+        model = self.model  # asked for once, not by every thread
         waiting, finished = queue.SimpleQueue(), queue.SimpleQueue()
         for index in range(len(prompts)):
             waiting.put(index)
@@ -103,7 +106,7 @@ class RolloutClient:
                 while True:
                     index = waiting.get_nowait()
                     try:
-                        finished.put((index, self._sample(prompts[index], sampling, index)))
+                        finished.put((index, self._sample(model, prompts[index], sampling, index)))
                     except Exception as error:  # raised in the caller's thread below
                         finished.put((index, error))
 
@@ -122,9 +125,9 @@ class RolloutClient:
             on_done(sum(map(len, answer)))
         return [ids for group in responses for ids in group]
 
-    def _sample(self, prompt: list[int], sampling: Sampling, index: int) -> list[list[int]]:
+    def _sample(self, model: str, prompt: list[int], sampling: Sampling, index: int) -> list[list[int]]:
         body = {
-            "model": self.model,
+            "model": model,
             "prompt": prompt,
             "n": sampling.n,
             "max_tokens": sampling.max_tokens,
@@ -137,8 +140,9 @@ class RolloutClient:
             "seed": (sampling.seed + index) % 2**31,
             "return_token_ids": True,
         }
-        choices = self._call("POST", "/v1/completions", body).get("choices", [])
-        responses = [choice.get("token_ids") for choice in sorted(choices, key=lambda choice: choice["index"])]
+        with self._understanding("/v1/completions"):
+            choices = self._call("POST", "/v1/completions", body)["choices"]
+            responses = [choice.get("token_ids") for choice in sorted(choices, key=lambda choice: choice["index"])]
         if len(responses) != sampling.n or not all(responses):
             raise ServerError(
                 f"The server at {self.url} answered {len(responses)} responses, some of them perhaps empty, where {sampling.n} "
@@ -149,10 +153,9 @@ class RolloutClient:
     def prompt_logprobs(self, ids: list[int]) -> list[float]:
         """Log-probability of each token but the first given those before it: `len(ids) - 1` floats, temperature 1."""
         body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
-        choice = self._call("POST", "/v1/completions", body)["choices"][0]
-        return [
-            entry[str(token)]["logprob"] for token, entry in zip(ids[1:], choice["prompt_logprobs"][1:], strict=True)
-        ]
+        with self._understanding("/v1/completions"):
+            entries = self._call("POST", "/v1/completions", body)["choices"][0]["prompt_logprobs"][1:]
+            return [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries, strict=True)]
 
     # -- knowing ------------------------------------------------------------------------------------------------------
 
@@ -160,20 +163,24 @@ class RolloutClient:
     def model(self) -> str:
         """Name under which the server serves its one model."""
         if self._model is None:
-            self._model = self._call("GET", "/v1/models")["data"][0]["id"]
+            with self._understanding("/v1/models"):
+                self._model = self._call("GET", "/v1/models")["data"][0]["id"]
         return self._model
 
     def vllm_config(self) -> dict:
         """The server's resolved configuration, as vLLM's `/server_info` tells it."""
-        return self._call("GET", "/server_info?config_format=json")["vllm_config"]
+        with self._understanding("/server_info"):
+            return self._call("GET", "/server_info?config_format=json")["vllm_config"]
 
     def world_size(self) -> int:
         """Workers behind this server (tensor x pipeline x data parallel)."""
-        return int(self._call("GET", "/get_world_size")["world_size"])
+        with self._understanding("/get_world_size"):
+            return int(self._call("GET", "/get_world_size")["world_size"])
 
     def weight_version(self) -> str:
         """The version stamped by the last finished push; `default` for weights from disk."""
-        return self._call("GET", "/weight_info")["weight_version"]
+        with self._understanding("/weight_info"):
+            return self._call("GET", "/weight_info")["weight_version"]
 
     # -- telling ------------------------------------------------------------------------------------------------------
 
@@ -208,7 +215,19 @@ class RolloutClient:
             ) from error
         if answer.status_code != 200:
             raise ServerError(f"{where} answered {answer.status_code}: {_reason(answer)}")
-        return answer.json() if answer.content else {}
+        with self._understanding(path):
+            return answer.json() if answer.content else {}
+
+    @contextlib.contextmanager
+    def _understanding(self, path: str):
+        """An answer of another shape than vLLM's is a server's fault like any other, not a bug of the trainer."""
+        try:
+            yield
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ServerError(
+                f"{self.url}{path.split('?')[0]} answered something that is not vLLM's ({type(error).__name__}: {error}). Is "
+                "another program listening there, or another version of vLLM?"
+            ) from error
 
 
 def _reason(answer: requests.Response) -> str:

@@ -19,10 +19,13 @@ from pathlib import Path
 
 import requests
 
+from justrl_trl.gloo_group import address_family
 from justrl_trl.server_auth import KEY_VARIABLE
 from justrl_trl.vllm_plugin import BACKEND as GLOO_BACKEND
 
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+_DIRECT = requests.Session()
+_DIRECT.trust_env = False  # no proxy on the way to this machine
 
 
 class ServerError(RuntimeError):
@@ -121,7 +124,7 @@ class ManagedServer:
         self.spec = spec
         self.key = os.environ.get(KEY_VARIABLE) or secrets.token_hex(32)
         port = _claim_port(spec.host, spec.port)
-        self.url = f"http://{spec.host}:{port}"
+        self.url = f"http://[{spec.host}]:{port}" if ":" in spec.host else f"http://{spec.host}:{port}"
         spec.log_path.parent.mkdir(parents=True, exist_ok=True)
         guard = [sys.executable, "-m", "justrl_trl.server_guard", str(os.getpid()), "--", *spec.command(port)]
         with spec.log_path.open("wb") as log:
@@ -164,7 +167,7 @@ class ManagedServer:
                     f"{self.spec.log_path}:\n{self.log_tail()}"
                 )
             try:
-                if requests.get(f"{self.url}/health", timeout=2).status_code == 200:
+                if _DIRECT.get(f"{self.url}/health", timeout=2).status_code == 200:
                     return elapsed
             except requests.RequestException:
                 pass  # not listening yet
@@ -188,7 +191,7 @@ class ManagedServer:
 
 def _claim_port(host: str, port: int) -> int:
     """A port that is free now; an explicit one that is taken is an error."""
-    with socket.socket() as probe:
+    with socket.socket(address_family(host)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))

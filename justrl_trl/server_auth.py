@@ -32,7 +32,8 @@ class RequireKey:
         self._expected = f"Bearer {key}".encode()
 
     async def __call__(self, scope, receive, send):
-        if scope["type"] == "lifespan" or scope.get("path") in _OPEN_PATHS:
+        health = scope["type"] == "http" and scope["method"] == "GET" and scope["path"] in _OPEN_PATHS
+        if scope["type"] == "lifespan" or health:
             return await self.app(scope, receive, send)
         given = dict(scope.get("headers", ())).get(b"authorization", b"")
         if hmac.compare_digest(given, self._expected):

@@ -52,7 +52,7 @@ def main(owner_pid: int, command: list[str]) -> int:
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of the server come to us, not to init
     stop_read, stop_write = os.pipe()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: os.write(stop_write, b"x"))
+        signal.signal(number, lambda number, _: os.write(stop_write, bytes([number])))
     try:
         owner = os.pidfd_open(owner_pid)
     except ProcessLookupError:
@@ -61,7 +61,11 @@ def main(owner_pid: int, command: list[str]) -> int:
     server_fd = os.pidfd_open(server.pid)
     try:
         ready, _, _ = select.select([owner, server_fd, stop_read], [], [])
-        return server.wait() if server_fd in ready else 0
+        if server_fd in ready:
+            return server.wait()
+        why = f"its owner {owner_pid} has ended" if owner in ready else signal.Signals(os.read(stop_read, 1)[0]).name
+        print(f"server guard: stopping the server, {why}", flush=True)
+        return 0
     finally:
         stop_descendants()
 

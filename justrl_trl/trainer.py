@@ -320,8 +320,8 @@ class JustRLTrainer(GRPOTrainer):
             raise ServerError(
                 f"After the push of weight version {self.weight_sync.version} trainer and server disagree on the probe tokens: "
                 f"|difference| of log-probabilities {mean:.3f} on average (max {largest:.3f}) > sync_logprob_gap_limit="
-                f"{self.args.sync_logprob_gap_limit}. That is beyond bfloat16 noise: the server computes with other weights than "
-                "the trainer. Check that both run the pinned versions and serve the same model."
+                f"{self.args.sync_logprob_gap_limit}. That is beyond bfloat16 noise: the server computes with other weights "
+                "than the trainer. Check that both run the pinned versions and serve the same model."
             )
 
     def _make_probe(self) -> list[Sequence]:

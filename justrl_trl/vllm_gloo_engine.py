@@ -1,11 +1,12 @@
 """The engine class of `vllm_plugin`, apart because it may only be imported where vLLM already is."""
 
 import torch
+from transformers import AutoModelForCausalLM
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from justrl_trl.gloo_group import GlooGroup
-from justrl_trl.vllm_plugin import GlooInitInfo, GlooUpdateInfo, empty_tensors
+from justrl_trl.vllm_plugin import GlooInitInfo, GlooUpdateInfo, empty_tensors, manifest_mismatch
 
 
 class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
@@ -18,11 +19,19 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
     def __init__(self, config, vllm_config, device, model):
         super().__init__(config, vllm_config, device, model)
         self._group: GlooGroup | None = None
-        self._generation = -1
+        self._info: GlooInitInfo | None = None
         self._staged: list[tuple[str, torch.Tensor]] = []
 
     def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
-        """Join the group of a (new) trainer; the worker's rank counts data- and tensor-parallel workers."""
+        """Join the group of a (new) trainer; the worker's rank counts data- and tensor-parallel workers.
+
+        Raises:
+            ValueError: before joining, if the trainer's tensors are not those of the served model: loading them would
+                leave the engine with half a model.
+        """
+        mismatch = manifest_mismatch(init_info, _checkpoint_shapes(self.model_config.hf_config))
+        if mismatch:
+            raise ValueError(f"the trainer's weights do not fit the served model: {mismatch}")
         self.shutdown()
         parallel = self.parallel_config
         worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
@@ -34,7 +43,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
             init_info.timeout_seconds,
         )
         group.join()
-        self._group, self._generation = group, init_info.generation
+        self._group, self._info = group, init_info
 
     def start_weight_update(self) -> None:
         """Forget what an earlier, broken push left behind. The model is not touched before `finish_weight_update`."""
@@ -46,12 +55,13 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
 
     def receive_weights(self, update_info: GlooUpdateInfo) -> None:
         """Fill the staging tensors from the trainer's broadcasts."""
-        if self._group is None or update_info.generation != self._generation:
+        current = None if self._group is None else self._info.generation
+        if update_info.generation != current:
             raise RuntimeError(
-                f"Push of group generation {update_info.generation} refused: this worker is in generation "
-                f"{self._generation}. The trainer must call /init_weight_transfer_engine first."
+                f"Push of group generation {update_info.generation} refused: this worker is in generation {current}. The "
+                "trainer must call /init_weight_transfer_engine first."
             )
-        staged = empty_tensors(update_info)
+        staged = empty_tensors(self._info)
         for _, tensor in staged:
             self._group.broadcast(tensor)
         self._staged = staged
@@ -71,6 +81,13 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         if self._group is not None:
             self._group.close()
         self._group, self._staged = None, []
+
+
+def _checkpoint_shapes(hf_config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the model's checkpoint, from its configuration alone."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def _repack_tied_head(model: torch.nn.Module) -> None:

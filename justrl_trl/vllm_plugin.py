@@ -25,7 +25,14 @@ def register() -> None:
 
 @dataclass
 class GlooInitInfo:
-    """How to join the trainer's broadcast group. `generation` numbers the groups: a worker refuses every other one."""
+    """How to join the trainer's broadcast group, and what each push will bring.
+
+    Attributes:
+        address, port, world_size, timeout_seconds: of the group.
+        rank_offset: rank of this server's first worker.
+        generation: number of the group; a worker refuses a push of any other.
+        names, dtype_names, shapes: checkpoint name, torch dtype name and shape of every tensor of a push, in order.
+    """
 
     address: str
     port: int
@@ -33,21 +40,30 @@ class GlooInitInfo:
     world_size: int
     timeout_seconds: float
     generation: int
-
-
-@dataclass
-class GlooUpdateInfo:
-    """The tensors that follow, in order: checkpoint names, torch dtype names, shapes."""
-
-    generation: int
     names: list[str]
     dtype_names: list[str]
     shapes: list[list[int]]
 
 
-def empty_tensors(info: GlooUpdateInfo) -> list[tuple[str, torch.Tensor]]:
+@dataclass
+class GlooUpdateInfo:
+    """Announces one push."""
+
+    generation: int
+
+
+def empty_tensors(info: GlooInitInfo) -> list[tuple[str, torch.Tensor]]:
     """Uninitialised CPU tensors `(name, tensor)` for one push, in the order of the manifest."""
     return [
         (name, torch.empty(shape, dtype=getattr(torch, dtype)))
         for name, dtype, shape in zip(info.names, info.dtype_names, info.shapes, strict=True)
     ]
+
+
+def manifest_mismatch(info: GlooInitInfo, expected: dict[str, tuple[int, ...]]) -> str | None:
+    """Why tensors of `info` do not fit a model whose checkpoint has the names and shapes `expected`; None if they do."""
+    given = {name: tuple(shape) for name, shape in zip(info.names, info.shapes, strict=True)}
+    for name in [*expected, *given]:
+        if given.get(name) != expected.get(name):
+            return f"{name} is {expected.get(name, 'absent')} here and {given.get(name, 'absent')} in the trainer"
+    return None

@@ -41,19 +41,19 @@ class PolicyWeights:
     """
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype):
-        self._model, self._dtype = model, dtype
+        self._model, self.dtype = model, dtype
         self._pass: Iterator[tuple[str, torch.Tensor]] | None = None
 
     def metadata(self) -> list[WireTensor]:
         shapes = ((name, getattr(p, "ds_shape", p.shape)) for name, p in self._named())
-        return [WireTensor(name, self._dtype, tuple(shape)) for name, shape in shapes]
+        return [WireTensor(name, self.dtype, tuple(shape)) for name, shape in shapes]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         self._pass = self._stream()
         return self._pass
 
     def drain(self) -> None:
-        """Run the current pass to its end, so that the other ranks are not left waiting in a gather."""
+        """Run the latest pass to its end, so that the other ranks are not left waiting in a gather."""
         for _ in self._pass or ():
             pass
 
@@ -61,7 +61,7 @@ class PolicyWeights:
         with self._merged_adapter():
             for name, parameter in self._named():
                 with _gathered([parameter]):
-                    yield name, parameter.detach().to(self._dtype).contiguous()
+                    yield name, parameter.detach().to(self.dtype).contiguous()
 
     def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         if not isinstance(self._model, PeftModel):
@@ -123,28 +123,32 @@ class GlooSender:
         self._generation = 0
         self._group: GlooGroup | None = None
 
-    def connect(self) -> None:
-        """Form the group of this trainer and the server's workers."""
+    def connect(self, weights: PolicyWeights) -> None:
+        """Form the group of this trainer and the server's workers; they check that these weights fit their model."""
         self._generation += 1
         workers = self._client.world_size()
+        manifest = weights.metadata()
         self._group = GlooGroup(self._address, self._port, 0, workers + 1, self._timeout)
-        info = GlooInitInfo(self._address, self._group.port, 1, workers + 1, self._timeout, self._generation)
+        info = GlooInitInfo(
+            address=self._address,
+            port=self._group.port,
+            rank_offset=1,
+            world_size=workers + 1,
+            timeout_seconds=self._timeout,
+            generation=self._generation,
+            names=[w.name for w in manifest],
+            dtype_names=[str(w.dtype).removeprefix("torch.") for w in manifest],
+            shapes=[list(w.shape) for w in manifest],
+        )
         joined = _Background(self._group.join)
         self._client.init_weight_transfer_engine(asdict(info))  # raises at once if the server refuses
         joined.finish()
 
     def send(self, weights: PolicyWeights, version: str) -> None:
         """One push; the model of the server changes only in the final call, when everything has arrived."""
-        manifest = weights.metadata()
-        info = GlooUpdateInfo(
-            self._generation,
-            [w.name for w in manifest],
-            [str(w.dtype).removeprefix("torch.") for w in manifest],
-            [list(w.shape) for w in manifest],
-        )
         self._client.start_weight_update()
-        receiving = _Background(lambda: self._client.update_weights(asdict(info)))
-        for expected, (name, tensor) in zip(manifest, weights, strict=True):
+        receiving = _Background(lambda: self._client.update_weights(asdict(GlooUpdateInfo(self._generation))))
+        for expected, (name, tensor) in zip(weights.metadata(), weights, strict=True):
             if (name, tuple(tensor.shape)) != (expected.name, expected.shape):
                 raise ServerError(f"parameter {name} {tuple(tensor.shape)} was announced as {expected}")
             if receiving.error is not None:
@@ -162,7 +166,7 @@ class NcclSender:
         self._engine = None
         self._version = ""
 
-    def connect(self) -> None:
+    def connect(self, weights: PolicyWeights) -> None:
         """Deferred to the first `send`: vLLM's engine wants its weight source when it joins."""
         self._engine = None
 
@@ -223,19 +227,19 @@ class WeightSync:
     ):
         self._accelerator, self._client = accelerator, client
         self.version: str | None = None
-        error, dtype, self._sender = None, None, None
+        # ranks other than 0 never send, so their dtype does not matter
+        self._weights = PolicyWeights(model, torch.bfloat16)
+        error = None
         if accelerator.is_main_process:
             try:
                 config = client.vllm_config()
-                dtype = getattr(torch, config["model_config"]["dtype"].removeprefix("torch."))
+                self._weights.dtype = getattr(torch, config["model_config"]["dtype"].removeprefix("torch."))
                 backend = (config.get("weight_transfer_config") or {}).get("backend")
                 self._sender = _sender_for(backend, client.url)(client, address, port, timeout_seconds)
-                self._sender.connect()
+                self._sender.connect(self._weights)
             except Exception as caught:  # every rank must hear of it
                 error = caught
         raise_together(error, accelerator)
-        # ranks other than 0 never send, so their dtype does not matter
-        self._weights = PolicyWeights(model, dtype or torch.bfloat16)
 
     def push(self, version: str) -> None:
         """Send the current policy and stamp it `version`; read the stamp back.
@@ -245,13 +249,12 @@ class WeightSync:
         """
         error = None
         if self._accelerator.is_main_process:
+            iter(self._weights)  # a pass to drain, even if `send` fails before it begins one
             try:
                 self._sender.send(self._weights, version)
                 served = self._client.weight_version()
                 if served != version:
-                    raise ServerError(
-                        f"{self._client.url} reports weight version {served!r} after a push of {version!r}."
-                    )
+                    raise ServerError(f"{self._client.url} reports weight version {served!r} after a push of {version!r}.")
             except Exception as caught:
                 error = caught
             self._weights.drain()

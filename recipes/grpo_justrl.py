@@ -91,9 +91,7 @@ def main() -> None:
 
     # do it
     checkpoint = training.resume_from_checkpoint
-    trainer.train(
-        resume_from_checkpoint=get_last_checkpoint(folder.path) if checkpoint in ("True", "true") else checkpoint
-    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder.path) if checkpoint in ("True", "true") else checkpoint)
 
     # tell
     if training.push_to_hub:

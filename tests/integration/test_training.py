@@ -58,8 +58,8 @@ def test_every_rollout_step_left_a_complete_line(run):
 
 def test_the_warm_up_advances_once_per_rollout_step(run):
     rates = [row["learning_rate"] for row in read_jsonl(run[0] / "metrics.jsonl")]
-    # tiny.yaml: 2 rollout steps of warm-up, k / 2 for k = 0, 1, ...; the first rollout step changes nothing
-    assert rates[0] == 0.0 and rates[1] == pytest.approx(rates[-1] / 2) and len(set(rates[2:])) == 1
+    # tiny.yaml: 4 rollout steps of warm-up, k / 4 for k = 0, 1, ...; the first rollout step changes nothing
+    assert [rate / rates[-1] for rate in rates[:5]] == pytest.approx([0, 0.25, 0.5, 0.75, 1]) and len(set(rates[4:])) == 1
 
 
 def test_samples_say_what_was_asked_answered_and_paid(run):

@@ -122,7 +122,6 @@ def test_sliding_window_layers_are_refused_with_the_remedy():
         packed_arguments(model, [3, 4], CPU)
 
 
-@pytest.mark.xfail(strict=True, reason="packed_arguments looks at layer_types only, which Mistral's config does not have")
 def test_a_sliding_window_without_layer_types_is_refused_too():
     model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8))
     use_packed_attention(model)

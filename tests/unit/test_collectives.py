@@ -91,4 +91,5 @@ def test_rank_0s_rows_reach_both_ranks(two_ranks):
 
 def test_rank_0s_failure_is_raised_on_both_ranks_and_named_on_the_other(two_ranks):
     assert two_ranks[0]["error"] == ["KeyError", "'gone'"]
-    assert two_ranks[1]["error"] == ["RuntimeError", "rank 0 stopped the run: KeyError: 'gone'"]
+    name, message = two_ranks[1]["error"]
+    assert name == "StoppedByRankZero" and "KeyError: 'gone'" in message

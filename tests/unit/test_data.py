@@ -190,9 +190,7 @@ def test_gsm8k_row_without_its_mark_is_named(tmp_path):
     rows = [{"question": "q", "answer": "one\n#### 1"}, {"question": "q", "answer": "2"}]
     with pytest.raises(DataError, match=r"no '####' before the final answer in 1 row \(1\)"):
         load_problems(write_jsonl(tmp_path / "g.jsonl", rows))
-    with pytest.raises(
-        DataError, match=r"no '####'.*in 1 row \(0\)"
-    ):  # a worked solution is never taken as the answer
+    with pytest.raises(DataError, match=r"no '####'.*in 1 row \(0\)"):  # a worked solution is never taken as the answer
         load_problems(write_jsonl(tmp_path / "g.jsonl", [{"question": "q", "answer": "We add.\nIt is 5."}]))
 
 
@@ -241,9 +239,7 @@ def test_folder_gives_only_the_split_that_was_asked_for(tmp_path):
     with pytest.raises(DataError, match=r"no 'train' split.*found test\.parquet"):
         load_problems(str(tmp_path))
     for part in (0, 1):  # the layout of a downloaded Hub repository
-        write_parquet(
-            tmp_path / "data" / f"train-0000{part}-of-00002.parquet", [{"problem": f"p{part}", "answer": "1"}]
-        )
+        write_parquet(tmp_path / "data" / f"train-0000{part}-of-00002.parquet", [{"problem": f"p{part}", "answer": "1"}])
     assert load_problems(str(tmp_path))["problem"][:] == ["p0", "p1"]
     assert load_problems(str(tmp_path), split="test")["problem"][:] == ["held out"]
     with pytest.raises(DataError, match=r"no 'dev' split"):
@@ -304,9 +300,7 @@ def test_offline_process_gets_the_same_error_and_imports_no_heavy_library():
         "except data.DataError as error: print(error)\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(data.__file__).parents[1])}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     heavy, message = done.stdout.strip().split("\n")
     assert heavy == "[]"
@@ -346,8 +340,7 @@ def test_report_prints_the_plan():
     report = DataReport(1_791_700, 17_386, 1_774_302, conflicts, overlong=12, max_prompt_length=1024)
     plan, detail = report.lines()
     assert plan == (
-        "17,386 problems kept of 1,791,700 rows "
-        "(1,774,302 duplicates, 12 with conflicting answers, 12 over 1,024 tokens)"
+        "17,386 problems kept of 1,791,700 rows (1,774,302 duplicates, 12 with conflicting answers, 12 over 1,024 tokens)"
     )
     assert detail.endswith("8 over 108, 9 over 109 and 2 more")
 

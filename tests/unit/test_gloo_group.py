@@ -1,4 +1,4 @@
-"""What rank 0 broadcasts arrives bit by bit, a missing member costs no more than the deadline, and no port is open to others."""
+"""A broadcast arrives bit by bit, a missing member costs no more than the deadline, and no port is open to others."""
 
 import socket
 import threading

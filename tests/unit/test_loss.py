@@ -1,4 +1,4 @@
-"""The objective is the reference's, values and gradients, and its two averages are what their names and the code they follow say."""
+"""The objective is the reference's, values and gradients; its two averages are what they say, however a step is cut."""
 
 import pytest
 import torch

