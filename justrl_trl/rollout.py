@@ -70,6 +70,9 @@ class RolloutClient:
         self._concurrency = concurrency
         self._session = requests.Session()
         self._session.trust_env = False  # no proxy between trainer and server
+        # a connection each: uvicorn drops idle ones after 5 s and those of a failed request at once, and a request sent into
+        # such a connection is lost
+        self._session.headers["Connection"] = "close"
         self._session.headers["Authorization"] = f"Bearer {key or os.environ.get(KEY_VARIABLE, '')}"
         self._session.mount("http://", HTTPAdapter(pool_maxsize=concurrency))
         self._session.mount("https://", HTTPAdapter(pool_maxsize=concurrency))

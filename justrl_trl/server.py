@@ -22,6 +22,7 @@ import requests
 from justrl_trl.gloo_group import address_family
 from justrl_trl.server_auth import KEY_VARIABLE
 from justrl_trl.vllm_plugin import BACKEND as GLOO_BACKEND
+from justrl_trl.vllm_plugin import MANAGED_VARIABLE
 
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _DIRECT = requests.Session()
@@ -94,6 +95,7 @@ class ServerSpec:
             "VLLM_SERVER_DEV_MODE": "1",  # opens the weight routes; RequireKey guards them
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_PLUGINS": "justrl_trl",
+            MANAGED_VARIABLE: "1",
         }
         if self.gpu is None:
             env |= {"VLLM_CPU_OMP_THREADS_BIND": str(self.core)}

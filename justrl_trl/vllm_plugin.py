@@ -8,11 +8,15 @@ It stages first and touches the model last: a push that breaks half way leaves t
 engines put the parameters on the meta device when an update starts, so there a broken push takes the server with it.)
 """
 
+import os
+import select
+import threading
 from dataclasses import dataclass
 
 import torch
 
 BACKEND = "justrl_gloo"
+MANAGED_VARIABLE = "JUSTRL_MANAGED_SERVER"  # set for the processes of a managed server
 
 
 def register() -> None:
@@ -21,6 +25,17 @@ def register() -> None:
 
     if BACKEND not in WeightTransferEngineFactory._registry:  # vLLM loads plugins more than once per process
         WeightTransferEngineFactory.register_engine(BACKEND, "justrl_trl.vllm_gloo_engine", "GlooWeightTransferEngine")
+        if os.environ.get(MANAGED_VARIABLE):
+            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """vLLM's engine and worker outlive an API server that was killed with -9, and keep their GPU and cores; ours do not."""
+    try:
+        select.select([os.pidfd_open(parent)], [], [])
+    except ProcessLookupError:
+        pass  # gone before we looked
+    os._exit(1)
 
 
 @dataclass

@@ -122,12 +122,13 @@ class GlooSender:
         self._client, self._address, self._port, self._timeout = client, address, port, timeout_seconds
         self._generation = 0
         self._group: GlooGroup | None = None
+        self._manifest: list[WireTensor] = []
 
     def connect(self, weights: PolicyWeights) -> None:
         """Form the group of this trainer and the server's workers; they check that these weights fit their model."""
         self._generation += 1
         workers = self._client.world_size()
-        manifest = weights.metadata()
+        self._manifest = manifest = weights.metadata()
         self._group = GlooGroup(self._address, self._port, 0, workers + 1, self._timeout)
         info = GlooInitInfo(
             address=self._address,
@@ -148,9 +149,9 @@ class GlooSender:
         """One push; the model of the server changes only in the final call, when everything has arrived."""
         self._client.start_weight_update()
         receiving = _Background(lambda: self._client.update_weights(asdict(GlooUpdateInfo(self._generation))))
-        for expected, (name, tensor) in zip(weights.metadata(), weights, strict=True):
-            if (name, tuple(tensor.shape)) != (expected.name, expected.shape):
-                raise ServerError(f"parameter {name} {tuple(tensor.shape)} was announced as {expected}")
+        for expected, (name, tensor) in zip(self._manifest, weights, strict=True):
+            if WireTensor(name, tensor.dtype, tuple(tensor.shape)) != expected:  # gloo aborts a process on a wrong size
+                raise ServerError(f"parameter {name} {tensor.dtype} {tuple(tensor.shape)} was announced as {expected}")
             if receiving.error is not None:
                 break  # refused: do not broadcast to a worker that is not listening
             self._group.broadcast(tensor.cpu())

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -39,7 +40,7 @@ class Launch:
     """The launch line in a process of its own: `accelerate launch [two ranks] recipes/grpo_justrl.py ...`."""
 
     def __init__(self, log: Path, *options: str, ranks: int = 2):
-        self.mark, self.log = uuid.uuid4().hex, log
+        self.mark, self.log, self._sessions = uuid.uuid4().hex, log, set()
         command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *(TWO_RANKS if ranks == 2 else [])]
         command += [str(ROOT / "recipes" / "grpo_justrl.py"), *map(str, options)]
         with log.open("wb") as file:
@@ -57,27 +58,31 @@ class Launch:
         return self.log.read_text(errors="replace")
 
     def wait(self, seconds: float) -> int:
-        try:
-            return self.process.wait(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            pytest.fail(f"still running after {seconds} s:\n{self.output()[-4000:]}")
+        deadline = time.monotonic() + seconds
+        while self.process.poll() is None:
+            if time.monotonic() > deadline:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                pytest.fail(f"still running after {seconds} s:\n{self.output()[-4000:]}")
+            self.alive()  # learns the sessions of new processes
+            time.sleep(1)
+        return self.process.returncode
 
     def alive(self) -> list[psutil.Process]:
-        """Every process that carries the mark of this launch: ranks, guard, server, engine, worker."""
-        return marked(self.mark)
-
-
-def marked(mark: str) -> list[psutil.Process]:
-    """Running processes with this mark in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
+        """Every running process of this launch: ranks, guard, server, engine, worker. They carry the mark, or, where vLLM
+        has written its process title over the environment, share a session with one that was seen to carry it."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    continue
+                session = os.getsid(process.pid)
+                if process.environ().get(MARK) == self.mark:
+                    self._sessions.add(session)
+                if session in self._sessions:
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied, ProcessLookupError):
+                continue
+        return found
 
 
 @pytest.fixture(scope="session")

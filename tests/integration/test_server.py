@@ -83,7 +83,7 @@ def test_pushed_weights_are_the_served_weights(servers, base, tied_model, kind):
     for version in range(5):
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.05)
+                parameter.add_(torch.randn_like(parameter) * 0.02)
         logps = trainer_logps(model, IDS)
         stale_max, _ = sync.gap(PROBE, logps)
         sync.push(f"{kind}-{version}")

@@ -250,7 +250,7 @@ def test_rank_0_gathers_as_often_as_the_others_however_a_push_breaks(accelerator
     client, model = FakeClient(refuse=refused), tiny()
     made = sync(accelerator, model, client)
     made._sender._group._timeout = type(made._sender._group._timeout)(seconds=2)
-    made._weights = CountedWeights(model, torch.float32)
+    made._weights = CountedWeights(model, torch.bfloat16)
     with pytest.raises((ServerError, RuntimeError)):
         made.push("4")
     assert made._weights.count == len(made._weights.metadata())
