@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import requests
-from requests.adapters import HTTPAdapter
 
 from justrl_trl.server import ServerError
 from justrl_trl.server_auth import KEY_VARIABLE
@@ -68,14 +67,7 @@ class RolloutClient:
         self.url = url.rstrip("/")
         self._deadlines = (connect_seconds, request_seconds)
         self._concurrency = concurrency
-        self._session = requests.Session()
-        self._session.trust_env = False  # no proxy between trainer and server
-        # a connection each: uvicorn drops idle ones after 5 s and those of a failed request at once, and a request sent into
-        # such a connection is lost
-        self._session.headers["Connection"] = "close"
-        self._session.headers["Authorization"] = f"Bearer {key or os.environ.get(KEY_VARIABLE, '')}"
-        self._session.mount("http://", HTTPAdapter(pool_maxsize=concurrency))
-        self._session.mount("https://", HTTPAdapter(pool_maxsize=concurrency))
+        self.key = key or os.environ.get(KEY_VARIABLE, "")
         self._model: str | None = None
 
     # -- asking -------------------------------------------------------------------------------------------------------
@@ -206,7 +198,12 @@ class RolloutClient:
     def _call(self, method: str, path: str, body: dict | None = None) -> dict:
         where = f"{self.url}{path.split('?')[0]}"
         try:
-            answer = self._session.request(method, self.url + path, json=body, timeout=self._deadlines)
+            # A connection each: uvicorn drops idle ones after 5 s and those of a failed request at once, and a request sent
+            # into such a connection is lost.
+            with requests.Session() as session:
+                session.trust_env = False  # no proxy between trainer and server
+                session.headers["Authorization"] = f"Bearer {self.key}"
+                answer = session.request(method, self.url + path, json=body, timeout=self._deadlines)
         except requests.Timeout as error:
             raise ServerError(
                 f"{where} did not answer within {self._deadlines[1]:.0f} s. The server hangs or is overloaded: see its log."
