@@ -57,9 +57,10 @@ def _mark_heldout(axis, heldout: list[dict]) -> None:
     steps, scores = [row["rollout_step"] for row in heldout], [2 * row["accuracy"] - 1 for row in heldout]
     axis.plot(steps, scores, "D", color=_RED, markersize=6, label="held-out problems", clip_on=False)
     for row, step, score in zip(heldout, steps, scores, strict=True):
-        side = "left" if step == 0 else "right"
-        axis.annotate(f"{row['accuracy']:.0%}", (step, score), (6 if step == 0 else -6, -14), color=_RED, ha=side,
-                      textcoords="offset points")  # fmt: skip
+        side, offset = ("left", 6) if step == 0 else ("right", -6)
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
+        place = {"xytext": (offset, -20), "textcoords": "offset points", "ha": side}
+        axis.annotate(f"{row['accuracy']:.0%}", (step, score), color=_RED, bbox=box, **place)
     axis.legend(frameon=False, loc="lower right")
 
 

@@ -70,7 +70,8 @@ class RolloutStepPrinter:
         step = row["rollout_step"]
         self._recent = [*self._recent[-9:], row["seconds/total"]]
         left = timedelta(seconds=round((self._total - step) * sum(self._recent) / len(self._recent)))
-        stages = " ".join(f"{name[:5]} {row[f'seconds/{name}']:.1f}" for name in ("generation", "scoring", "training", "sync"))
+        names = {"gen": "generation", "score": "scoring", "train": "training", "sync": "sync"}
+        stages = " ".join(f"{short} {row[f'seconds/{name}']:.1f}" for short, name in names.items())
         print(
             f"rollout step {step:>{self._width}}/{self._total}  reward {row['reward']:+.3f}  entropy {row['entropy']:.2f}  "
             f"length {row['completions/mean_length']:,.0f} (max {row['completions/max_length']:,.0f}, "
