@@ -168,7 +168,7 @@ def test_a_per_device_batch_that_contradicts_the_whole_one_is_refused(ranks):
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_a_run_without_steps_is_refused(steps):
-    with pytest.raises(ValueError, match=rf"num_rollout_steps={steps}: makes no sense.*at least 1"):
+    with pytest.raises(ValueError, match=rf"num_rollout_steps={steps} makes no sense.*at least 1"):
         config(num_rollout_steps=steps)
 
 
