@@ -254,5 +254,5 @@ def test_public_names_exist():
 @pytest.mark.parametrize("path", [*PACKAGE.glob("*.py"), *(ROOT / "recipes").glob("*")], ids=lambda path: path.name)
 def test_no_module_and_no_recipe_reads_what_lies_beside_the_checkout(path):
     if path.is_file():
-        text = path.read_text()
+        text = path.read_text(errors="replace")
         assert not re.search(r"""shared/|["']shared["']""", text) and str(ROOT) not in text
