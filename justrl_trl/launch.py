@@ -28,8 +28,6 @@ from justrl_trl.rollout import RolloutClient
 from justrl_trl.server import ManagedServer, ServerError, ServerSpec, check_compiler, pick_hardware
 from justrl_trl.tiny import ARITHMETIC, TINY_BASE, arithmetic_problems, tiny_base_folder
 
-DEFAULT_RECIPE = Path("recipes/tiny.yaml")
-
 
 @dataclass
 class RunArguments:

@@ -1,6 +1,5 @@
 """What the terminal shows: the plan, a line per rollout step, the table at the end."""
 
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -89,7 +88,7 @@ class Waiting:
     """
 
     def __init__(self, what: str):
-        self._what, self._next, self._last = what, 0.0, time.monotonic()
+        self._what, self._next = what, 0.0
 
     def __call__(self, seconds: float) -> None:
         if seconds >= self._next:

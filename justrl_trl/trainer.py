@@ -260,7 +260,7 @@ class JustRLTrainer(GRPOTrainer):
         """
         lengths = [len(s) for s in sequences]
         mine = [
-            min(micro_batches_needed(lengths, self.args.max_tokens_per_micro_batch), len(lengths)),
+            micro_batches_needed(lengths, self.args.max_tokens_per_micro_batch),
             sum(s.response_length for s in sequences),
             len(sequences),
         ]
