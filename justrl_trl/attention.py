@@ -4,6 +4,8 @@ GPU: FlashAttention's varlen kernel, told the boundaries explicitly. Elsewhere: 
 of T tokens costs the sum of the squared lengths and never a T x T mask.
 """
 
+import importlib.util
+
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -35,9 +37,44 @@ AttentionInterface.register(PACKED_SDPA, packed_sdpa)
 AttentionMaskInterface.register(PACKED_SDPA, sdpa_mask)
 
 
+def check_attention(implementation: str | None) -> None:
+    """FlashAttention must be installed, and have a GPU to run on, if it is asked for.
+
+    Raises:
+        ValueError: otherwise; transformers would look for a kernel on the Hub instead.
+    """
+    if not _is_flash(implementation):
+        return
+    known = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface", "flash_attention_4": "flash_attn"}
+    package = "kernels" if "/" in implementation else known.get(implementation, "flash_attn")
+    reason = None
+    if not torch.cuda.is_available():
+        reason = "this machine has no GPU, and FlashAttention runs on nothing else"
+    elif importlib.util.find_spec(package) is None:
+        reason = f"the package {package!r} is not installed"
+    if reason:
+        raise ValueError(
+            f"attn_implementation={implementation!r}: {reason}. Install it, or use --attn_implementation sdpa: PyTorch's own "
+            "kernels, sequence by sequence, without padding and without a T x T mask."
+        )
+
+
+def describe_attention(implementation: str | None) -> str:
+    """What the plan says about attention."""
+    if _is_flash(implementation):
+        return f"{implementation}, whole rows at once"
+    installed = importlib.util.find_spec("flash_attn") is not None
+    why = "" if installed or not torch.cuda.is_available() else " (flash-attn is not installed)"
+    return f"PyTorch SDPA, sequence by sequence{why}"
+
+
+def _is_flash(implementation: str | None) -> bool:
+    return (implementation or "").startswith(("flash_attention", "kernels-community"))
+
+
 def use_packed_attention(model: PreTrainedModel) -> None:
     """Switch `model` to an attention that understands packed rows; FlashAttention is left as it is."""
-    if not model.config._attn_implementation.startswith(("flash_attention", "kernels-community")):
+    if not _is_flash(model.config._attn_implementation):
         model.set_attn_implementation(PACKED_SDPA)
 
 

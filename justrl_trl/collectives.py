@@ -1,4 +1,4 @@
-"""Two things that ranks say to each other besides gradients: ragged token lists, and "I failed, so we all stop"."""
+"""Two things that ranks say to each other besides gradients: ragged token rows, and "I failed, so we all stop"."""
 
 import torch
 from accelerate import Accelerator
@@ -9,20 +9,24 @@ class StoppedByRankZero(RuntimeError):
     """Rank 0 failed and said why; this rank has nothing to add."""
 
 
-def gather_ragged(rows: list[list[int]], accelerator: Accelerator) -> list[list[int]]:
+def gather_ragged(rows: list[torch.Tensor], accelerator: Accelerator) -> list[torch.Tensor]:
     """All ranks' rows in rank order, on every rank. Every rank must hold the same number of rows.
 
-    Two gathers of flat int32 tensors: lengths, then tokens padded to the longest rank.
+    Two gathers: lengths, then flat int32 tokens padded to the longest rank.
+
+    Args:
+        rows: 1-D integer tensors.
+
+    Returns:
+        int32 CPU tensors, views into one.
     """
-    if accelerator.num_processes == 1:
-        return rows
-    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int32, device=accelerator.device)
-    all_lengths = accelerator.gather(lengths).view(accelerator.num_processes, len(rows))  # (ranks, rows)
-    totals = all_lengths.sum(dim=1).tolist()
+    own = torch.tensor([len(row) for row in rows], dtype=torch.int32, device=accelerator.device)
+    lengths = accelerator.gather(own).view(accelerator.num_processes, len(rows)).tolist()  # [rank][row]
+    totals = [sum(of_rank) for of_rank in lengths]
     flat = torch.zeros(max(totals), dtype=torch.int32, device=accelerator.device)
-    flat[: totals[accelerator.process_index]] = torch.tensor([t for row in rows for t in row], dtype=torch.int32)
+    flat[: totals[accelerator.process_index]] = torch.cat(rows).to(flat)
     tokens = accelerator.gather(flat).view(accelerator.num_processes, -1).cpu()
-    return [row.tolist() for rank, total in enumerate(totals) for row in tokens[rank, :total].split(all_lengths[rank].tolist())]
+    return [row for of_rank, one, total in zip(lengths, tokens, totals, strict=True) for row in one[:total].split(of_rank)]
 
 
 def broadcast_ragged(rows: list[list[int]] | None, count: int, accelerator: Accelerator) -> list[torch.Tensor]:

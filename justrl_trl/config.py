@@ -95,6 +95,14 @@ class JustRLConfig(GRPOConfig):
             "choices": ["reference", "token_mean"],
         },
     )
+    loss_backend: str = field(
+        default="liger",
+        metadata={
+            "help": "Kernel of LM head and loss: 'liger' (Liger's fused linear GRPO loss) or 'trl' (TRL's chunked head, then "
+            "the loss in plain torch). Same numbers; 'trl' also knows soft-capped and scaled logits.",
+            "choices": ["liger", "trl"],
+        },
+    )
     vllm_importance_sampling_correction: bool = field(
         default=False,
         metadata={"help": "The reference has no correction for the trainer/server gap; the gap is logged instead."},
@@ -107,6 +115,12 @@ class JustRLConfig(GRPOConfig):
         default=0.1, metadata={"help": "On all parameters, norms and biases included, as in the reference."}
     )
     max_grad_norm: float = field(default=1.0, metadata={"help": "Global gradient norm clip."})
+    max_skipped_steps: int = field(
+        default=8,
+        metadata={
+            "help": "Optimizer steps in a row that may be skipped because their gradient norm is not finite; then the run ends."
+        },
+    )
 
     # sampling
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature of rollouts."})
@@ -170,6 +184,7 @@ class JustRLConfig(GRPOConfig):
         if self.vllm_max_model_length is None:
             self.vllm_max_model_length = self.max_prompt_length + self.max_completion_length
         super().__post_init__()
+        self._accumulate_in_float32()
         self._check_lengths()
 
     @property
@@ -225,15 +240,22 @@ class JustRLConfig(GRPOConfig):
     def _check_ranges(self) -> None:
         least = {"generation_batch_size": 1, "steps_per_generation": 1, "num_generations": 2, "num_iterations": 1}
         least |= {"num_rollout_steps": 1, "warmup_rollout_steps": 0, "save_rollout_steps": 0}
-        least |= {"max_prompt_length": 1, "max_completion_length": 1, "heldout_generations": 1, "num_completions_to_save": 0}
+        least |= {
+            "max_skipped_steps": 1,
+            "max_prompt_length": 1,
+            "max_completion_length": 1,
+            "heldout_generations": 1,
+            "num_completions_to_save": 0,
+        }
         for name, minimum in least.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < minimum:
                 raise ValueError(
                     f"{name}={value!r} makes no sense: it counts something. Give an integer of at least {minimum}."
                 )
-        if self.loss_normalization not in ("reference", "token_mean"):
-            raise ValueError(f"loss_normalization={self.loss_normalization!r} is unknown. Use 'reference' or 'token_mean'.")
+        for name, known in (("loss_normalization", ("reference", "token_mean")), ("loss_backend", ("liger", "trl"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Use {known[0]!r} or {known[1]!r}.")
         if self.delta is None or self.delta <= 1 + self.epsilon_high:
             raise ValueError(
                 f"delta={self.delta} must lie above 1 + epsilon_high = {1 + self.epsilon_high:g}: it bounds ratios that the "
@@ -284,21 +306,34 @@ class JustRLConfig(GRPOConfig):
     def _derive_hardware(self, world_size: int) -> None:
         if torch.cuda.is_available():
             self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
+            if self.tf32 is None and torch.cuda.get_device_capability()[0] >= 8:
+                self.tf32 = True  # Liger's backward multiplies in float32, several times slower without
             return
-        # Without a GPU: float32, as the plan says (a recipe's bf16 is for its GPUs), and gloo. `use_cpu` must stay off: with
-        # it accelerate silently drops DeepSpeed.
+        # Without a GPU: float32, as the plan says (a recipe's bf16 is for its GPUs), and gloo
         self.bf16 = False
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            self._prepare_deepspeed_on_cpu()
+        elif world_size > 1 and "LOCAL_RANK" in os.environ:
+            self.use_cpu = True  # without it accelerate leaves every rank alone with its own model
         if world_size > 1:
             self.ddp_backend = self.ddp_backend or "gloo"
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            import deepspeed.ops
 
-            # On CPU, DeepSpeed would compile a shared-memory all-reduce for minutes that only its inference engine calls
-            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    def _prepare_deepspeed_on_cpu(self) -> None:
         if self.use_cpu:
             raise ValueError(
                 "use_cpu=True makes accelerate drop DeepSpeed without a word. Leave it off: a CPU is found by itself."
             )
+        import deepspeed.ops
+
+        # On CPU, DeepSpeed would compile a shared-memory all-reduce for minutes that only its inference engine calls
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+    def _accumulate_in_float32(self) -> None:
+        # With bf16 ZeRO-3 would add up and reduce gradients of micro-batches in bf16; the reference does both in float32
+        if self.deepspeed_plugin is not None:
+            engine = self.deepspeed_plugin.deepspeed_config
+            engine.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+            engine.setdefault("communication_data_type", "fp32")
 
     def _check_lengths(self) -> None:
         full = self.max_prompt_length + self.max_completion_length

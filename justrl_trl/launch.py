@@ -14,6 +14,7 @@ import transformers
 from datasets import Dataset
 from trl import ModelConfig, TrlParser
 
+from justrl_trl.attention import check_attention
 from justrl_trl.collectives import StoppedByRankZero
 from justrl_trl.config import JustRLConfig
 from justrl_trl.data import (
@@ -24,6 +25,7 @@ from justrl_trl.data import (
     split_heldout,
     to_training_dataset,
 )
+from justrl_trl.optimizer import NonFiniteGradientError
 from justrl_trl.rollout import RolloutClient
 from justrl_trl.server import ManagedServer, ServerError, ServerSpec, check_compiler, pick_hardware
 from justrl_trl.tiny import ARITHMETIC, TINY_BASE, arithmetic_problems, tiny_base_folder
@@ -79,6 +81,7 @@ def parse(default_recipe: Path) -> tuple[RunArguments, JustRLConfig, ModelConfig
     run, training, model = parser.parse_args_and_config(argv)
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path is not set: give a Hub id, a local folder, or embedded:tiny-base.")
+    check_attention(model.attn_implementation)
     return run, training, model
 
 
@@ -190,7 +193,7 @@ def one_paragraph_errors():
     """Mistakes in the input end the run with one paragraph and status 2 instead of a traceback per rank."""
     try:
         yield
-    except (ValueError, ServerError, StoppedByRankZero, OSError) as error:
+    except (ValueError, ServerError, NonFiniteGradientError, StoppedByRankZero, OSError) as error:
         if os.environ.get("JUSTRL_TRACEBACK"):
             raise
         if int(os.environ.get("RANK", 0)) == 0:

@@ -57,9 +57,27 @@ def normalize(
         sequences_in_step, tokens_in_step: of the optimizer step, over all ranks.
     """
     total = (per_token_loss * mask).sum()
+    return total / denominator(
+        mode,
+        tokens_in_micro_batch=mask.sum(),
+        sequences_in_micro_batch=sequences_in_micro_batch,
+        sequences_in_step=sequences_in_step,
+        tokens_in_step=tokens_in_step,
+    )
+
+
+def denominator(
+    mode: str,
+    *,
+    tokens_in_micro_batch: torch.Tensor | float,
+    sequences_in_micro_batch: int,
+    sequences_in_step: int,
+    tokens_in_step: torch.Tensor | float,
+) -> torch.Tensor | float:
+    """What `normalize` divides a micro-batch's sum of token losses by; arguments as there."""
     if mode == "token_mean":
-        return total / tokens_in_step
+        return tokens_in_step
     if mode == "reference":
-        token_mean = total / (mask.sum() + 1e-8)  # the guard is the reference's
-        return token_mean * (sequences_in_micro_batch / sequences_in_step)
+        # token mean x share of the sequences; the guard is the reference's
+        return (tokens_in_micro_batch + 1e-8) * (sequences_in_step / sequences_in_micro_batch)
     raise ValueError(f"loss_normalization={mode!r}: use 'reference' or 'token_mean'.")

@@ -10,7 +10,14 @@ from justrl_trl.run_folder import RunFolder
 
 
 def plan_lines(
-    *, training: JustRLConfig, model: str, dataset: str, data_lines: list[str], heldout_size: int, zero_stage: int
+    *,
+    training: JustRLConfig,
+    model: str,
+    attention: str,
+    dataset: str,
+    data_lines: list[str],
+    heldout_size: int,
+    zero_stage: int,
 ) -> list[str]:
     """The plan of a run, before anything expensive starts."""
     responses, prompts = training.generation_batch_size, training.prompts_per_rollout_step
@@ -42,6 +49,11 @@ def plan_lines(
             "objective",
             f"clip [{1 - training.epsilon:g}, {1 + training.epsilon_high:g}], dual clip {training.delta:g}, no KL, "
             f"no entropy bonus, {training.loss_normalization} normalization",
+        ),
+        (
+            "micro-batch",
+            f"packed rows of up to {training.max_tokens_per_micro_batch:,} tokens, no padding; {training.loss_backend} loss; "
+            f"attention: {attention}",
         ),
         (
             "optimizer",

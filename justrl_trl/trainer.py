@@ -1,11 +1,13 @@
 """`JustRLTrainer`: TRL's `GRPOTrainer` with the JustRL training step and rollouts from a vLLM server.
 
-One rollout step, top to bottom in this file: sample responses on the server, score them, turn rewards into advantages, take
-`steps_per_generation` optimizer steps over packed micro-batches, push the weights, prove the push. What TRL already does
-(prompt sampling, reward functions, shuffling into optimizer steps, logging, checkpoints, Hub) stays TRL's.
+One rollout step, top to bottom in this file: sample responses on the server, turn rewards into advantages, share the work out
+among the ranks, score it under the sampling policy, take `steps_per_generation` optimizer steps over packed micro-batches, push
+the weights, prove the push. What TRL already does (prompt sampling, reward functions, shuffling into optimizer steps, logging,
+checkpoints, Hub) stays TRL's.
 
 Overridden private methods of TRL 1.16.0: `_generate_single_turn`, `_generate_and_score_completions`, `_calculate_rewards`,
-`_get_per_token_logps_and_entropies`, `training_step`. `tests/unit/test_upstream.py` pins their signatures.
+`_get_per_token_logps_and_entropies`, `_prepare_inputs`, `training_step`; of transformers 5.17.0: `_get_grad_norm`.
+`tests/unit/test_upstream.py` pins their signatures.
 """
 
 import time
@@ -15,18 +17,23 @@ from contextlib import contextmanager
 
 import torch
 from datasets import Dataset
-from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from justrl_trl.advantage import group_advantages
 from justrl_trl.attention import packed_arguments, use_packed_attention
+from justrl_trl.callbacks import SyncAfterRolloutStep
 from justrl_trl.collectives import broadcast_ragged, gather_ragged, raise_together
 from justrl_trl.config import JustRLConfig
-from justrl_trl.loss import normalize, policy_loss
-from justrl_trl.metrics import STEP_SUMS, rollout_metrics, step_metrics, step_sums
-from justrl_trl.packing import PackedRow, Sequence, deal, micro_batches_needed, pack, unpad
+from justrl_trl.fused_loss import add_liger_loss, check_liger_support
+from justrl_trl.loss import denominator, normalize, policy_loss
+from justrl_trl.metrics import STEP_SUMS, reduce_once, scoring_sums, step_sums
+from justrl_trl.micro_batches import MicroBatch, OptimizerStep, reference_order, share_out
+from justrl_trl.optimizer import SkipCounter, is_finite, warmup_schedule
+from justrl_trl.packing import PackedRow, Sequence, pack, unpad
 from justrl_trl.rewards import dapo_reward
 from justrl_trl.rollout import RolloutClient, Sampling
 from justrl_trl.server import ServerError
@@ -86,9 +93,14 @@ class JustRLTrainer(GRPOTrainer):
         self._rewards = None  # (B,) of the current rollout step, all ranks
         self._base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         use_packed_attention(self._base_model)
+        if args.loss_backend == "liger":
+            check_liger_support(self._base_model, args.cast_lm_head_to_fp32)
+            add_liger_loss(self._base_model, *self._clip, temperature=self.temperature)
+        self._scoring_sums: torch.Tensor | None = None  # of the current rollout step, reported with its first optimizer step
+        self._skipped = SkipCounter(args.max_skipped_steps)
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)  # prints every metric as one line of JSON; RecordRun prints what matters
-        self.add_callback(_SyncAfterRolloutStep(self))
+        self.add_callback(SyncAfterRolloutStep(self))
 
     # -- sample -------------------------------------------------------------------------------------------------------
 
@@ -101,12 +113,12 @@ class JustRLTrainer(GRPOTrainer):
             if images is not None:
                 raise ValueError("The dataset has images; the JustRL recipe is text only.")
             self._require_current_weights()
-            all_prompts = gather_ragged(prompt_ids, self.accelerator)
+            all_prompts = gather_ragged([torch.tensor(ids) for ids in prompt_ids], self.accelerator)
             rows, error = None, None
             if self.accelerator.is_main_process:
                 try:
                     sampling = self._sampling(num_generations, self.max_completion_length)
-                    rows = self._ask_server(all_prompts[::num_generations], sampling)
+                    rows = self._ask_server([ids.tolist() for ids in all_prompts[::num_generations]], sampling)
                 except ServerError as caught:
                     error = caught
             raise_together(error, self.accelerator)
@@ -151,11 +163,14 @@ class JustRLTrainer(GRPOTrainer):
         elapsed = time.perf_counter() - started
         self.stage_seconds["scoring"] += elapsed - (self.stage_seconds["generation"] - generation_before)
         rows = len(output["advantages"])
+        mode = "train" if self.model.training else "eval"
         group_size = self.num_generations if self.model.training else self.num_generations_eval
         groups = torch.arange(len(self._rewards), device=self._rewards.device) // group_size
         advantages = group_advantages(self._rewards, groups, self.args.advantage_epsilon)
         start = self.accelerator.process_index * rows
         output["advantages"] = advantages[start : start + rows]
+        for name, value in (("std", advantages.std()), ("max", advantages.max()), ("min", advantages.min())):
+            self._metrics[mode][f"advantages/{name}"].append(value.item())
         self._logs["advantages"].extend(advantages.tolist())  # a deque of one rollout step: TRL's own values fall out
         return output
 
@@ -165,35 +180,47 @@ class JustRLTrainer(GRPOTrainer):
         self._rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(dim=1)
         return per_function
 
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **unused
-    ):
-        """Old log-probabilities (TRL's scoring pass and its evaluation), packed instead of padded.
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        """TRL's padded scoring pass, in evaluation only: a training batch is scored packed and shared out (`_score_all`)."""
+        if self.model.training and not torch.is_grad_enabled():
+            return None, None, None
+        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+
+    # -- share out and score ------------------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, generation_batch):
+        """This rank's share of the next optimizer step; samples and scores when a new rollout step begins.
+
+        As in TRL, each rank's responses are shuffled and cut into `steps_per_generation` optimizer steps. Only then are those
+        of all ranks dealt out again by length.
+        """
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        if self._step % self.args.optimizer_steps_per_rollout_step == 0:
+            batch = shuffle_sequence_dict(self._generate_and_score_completions(generation_batch))
+            with self.stage("scoring"):
+                batches = split_tensor_dict(batch, self.args.steps_per_generation)
+                budget = self.args.max_tokens_per_micro_batch
+                self._buffered_inputs = share_out([unpad(one) for one in batches], self.accelerator, budget)
+                self._scoring_sums = self._score_all(self._buffered_inputs)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    @torch.no_grad()
+    def _score_all(self, steps: list[OptimizerStep]) -> torch.Tensor:
+        """Old log-probabilities of every micro-batch, under the policy that sampled, before the first update.
 
         Returns:
-            `(B, logits_to_keep)` log-probabilities and, if asked for, entropies, 0 on padding; and no auxiliary loss.
+            This rank's `SCORING_SUMS`: entropy costs nothing extra here, and the reference logs it here too.
         """
-        prompt_width = input_ids.size(1) - logits_to_keep
-        sequences = unpad(
-            {
-                "prompt_ids": input_ids[:, :prompt_width],
-                "prompt_mask": attention_mask[:, :prompt_width],
-                "completion_ids": input_ids[:, prompt_width:],
-                "completion_mask": attention_mask[:, prompt_width:],
-            }
-        )
-        logps = torch.zeros(len(sequences), logits_to_keep, device=input_ids.device)
-        entropies = torch.zeros_like(logps)
-        for part in self._plan_micro_batches(sequences)[0]:
-            outputs = self._forward(model, pack([sequences[i] for i in part], input_ids.device))
-            counts = [sequences[i].response_length for i in part]
-            for i, values, entropy in zip(part, outputs[0].split(counts), outputs[1].split(counts), strict=True):
-                logps[i, : len(values)], entropies[i, : len(values)] = values, entropy
-        if self.model.training and not torch.is_grad_enabled():
-            mask = attention_mask[:, prompt_width:].bool()
-            for name, value in rollout_metrics(entropies, mask, self.accelerator).items():
-                self._metrics["train"][name].append(value)
-        return logps, (entropies if compute_entropy else None), None
+        entropies, lengths = {}, {}
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            for batch in (batch for step in steps for batch in step.micro_batches):
+                batch.old_logps, entropy = self._forward(self.model, batch.row)
+                entropies |= zip(batch.indices, entropy.split(batch.response_lengths), strict=True)
+                lengths |= zip(batch.indices, batch.row.lengths, strict=True)
+        rows = sorted(lengths)
+        order = reference_order([lengths[row] for row in rows], self.args.max_tokens_per_micro_batch)
+        return scoring_sums([entropies[row] for row in rows], order)
 
     # -- train --------------------------------------------------------------------------------------------------------
 
@@ -204,69 +231,64 @@ class JustRLTrainer(GRPOTrainer):
         a packed row, every rank runs the same number of them, and metrics are reduced once.
         """
         model.train()
-        batch = self._prepare_inputs(inputs)  # generates when a new rollout step begins
+        step = self._prepare_inputs(inputs)
         with self.stage("training"):
-            sequences = unpad(batch)
-            parts, totals = self._plan_micro_batches(sequences)
             sums = torch.zeros(len(STEP_SUMS), device=self.accelerator.device)
-            for number, part in enumerate(parts):
-                with self._accumulating(model, last=number == len(parts) - 1):
-                    loss, partial = self._micro_batch_loss(model, batch, sequences, part, totals)
+            for number, batch in enumerate(step.micro_batches, start=1):
+                with self._accumulating(model, last=number == len(step.micro_batches)):
+                    loss, logps = self._micro_batch_loss(model, batch, step)
                     kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
                     # ranks' gradients are averaged, contributions to the loss are to be summed
                     self.accelerator.backward(loss * self.accelerator.num_processes, **kwargs)
-                sums += partial
-            metrics, loss = step_metrics(self.accelerator.reduce(sums, "sum"))
+                mask = torch.ones_like(logps)
+                sums += step_sums(loss, logps.detach(), batch.old_logps, batch.advantages, mask, *self._clip)
+            first = self._step % self.args.optimizer_steps_per_rollout_step == 0
+            metrics, loss = reduce_once(sums, self._scoring_sums if first else None, self.accelerator)
+            computed = sum(batch.row.input_ids.numel() for batch in step.micro_batches)
+            metrics["padding_share"] = 1 - sum(sum(batch.row.lengths) for batch in step.micro_batches) / computed
+            metrics["load_imbalance"] = step.load_imbalance
             for name, value in metrics.items():
                 self._metrics["train"][name].append(value)
         self._step += 1
         return loss
 
-    def _micro_batch_loss(self, model, batch, sequences, part, totals):
-        row = pack([sequences[i] for i in part], self.accelerator.device)
-        counts = torch.tensor([sequences[i].response_length for i in part], device=self.accelerator.device)
-        logps, _ = self._forward(model, row)  # (N,) response tokens of the row
-        kept = batch["completion_mask"][part].bool()
-        old_logps = batch["old_per_token_logps"][part][kept]
-        advantages = batch["advantages"][part].repeat_interleave(counts)
-        mask = torch.ones_like(logps)  # packed rows hold no padding, and TRL has emptied masked responses
-        per_token = policy_loss(logps, old_logps, advantages, mask, self.epsilon_low, self.epsilon_high, self.args.delta)
-        loss = normalize(
-            per_token,
-            mask,
-            self.args.loss_normalization,
-            sequences_in_micro_batch=len(part),
-            sequences_in_step=totals["sequences"],
-            tokens_in_step=totals["tokens"],
-        )
-        sums = step_sums(loss, logps, old_logps, advantages, mask, self.epsilon_low, self.epsilon_high, self.args.delta)
-        return loss, sums
+    @property
+    def _clip(self) -> tuple[float, float, float]:
+        return self.epsilon_low, self.epsilon_high, self.args.delta
+
+    def _micro_batch_loss(self, model, batch: MicroBatch, step: OptimizerStep) -> tuple[torch.Tensor, torch.Tensor]:
+        """Contribution to the loss of the optimizer step, and log-probabilities `(N,)`."""
+        sizes = {
+            "sequences_in_micro_batch": len(batch.indices),
+            "sequences_in_step": step.sequences,
+            "tokens_in_step": step.tokens,
+        }
+        mode = self.args.loss_normalization
+        if self.args.loss_backend == "trl":
+            logps, _ = self._forward(model, batch.row)
+            mask = torch.ones_like(logps)  # a packed row has response tokens only, and TRL has emptied masked responses
+            per_token = policy_loss(logps, batch.old_logps, batch.advantages, mask, *self._clip)
+            return normalize(per_token, mask, mode, **sizes), logps
+        liger = {
+            "positions": batch.row.scored,
+            "targets": batch.row.targets,
+            "old_per_token_logps": batch.old_logps,
+            "advantages": batch.advantages,
+            "denominator": denominator(mode, tokens_in_micro_batch=batch.tokens, **sizes),
+        }
+        with self.accelerator.autocast():
+            outputs = model(**self._row_arguments(batch.row), liger=liger)
+        return outputs.loss, outputs.log_probs
 
     def _forward(self, model, row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability and entropy `(N,)` of every response token of a packed row, through TRL's fused head."""
-        extra = packed_arguments(self._base_model, row.lengths, row.input_ids.device)
         with self.accelerator.autocast():
-            outputs = model(
-                input_ids=row.input_ids, position_ids=row.position_ids, labels=row.labels, fused_lm_head=True, **extra
-            )
-        scored = row.labels[0, 1:] != -100
-        return outputs.log_probs[0][scored], outputs.entropy[0][scored]
+            outputs = model(**self._row_arguments(row), labels=row.labels, fused_lm_head=True)
+        return outputs.log_probs[0, row.scored], outputs.entropy[0, row.scored]
 
-    def _plan_micro_batches(self, sequences: list[Sequence]) -> tuple[list[list[int]], dict[str, int]]:
-        """Cut this rank's sequences into as many micro-batches as the neediest rank needs.
-
-        Returns:
-            Index lists, and the step's `sequences` and response `tokens` over all ranks.
-        """
-        lengths = [len(s) for s in sequences]
-        mine = [
-            micro_batches_needed(lengths, self.args.max_tokens_per_micro_batch),
-            sum(s.response_length for s in sequences),
-            len(sequences),
-        ]
-        table = self.accelerator.gather(torch.tensor([mine], device=self.accelerator.device)).cpu()  # (ranks, 3)
-        parts = deal(lengths, int(table[:, 0].max()))
-        return parts, {"tokens": int(table[:, 1].sum()), "sequences": int(table[:, 2].sum())}
+    def _row_arguments(self, row: PackedRow) -> dict:
+        extra = packed_arguments(self._base_model, row.lengths, row.input_ids.device)
+        return {"input_ids": row.input_ids, "position_ids": row.position_ids, **extra}
 
     @contextmanager
     def _accumulating(self, model, last: bool):
@@ -278,19 +300,23 @@ class JustRLTrainer(GRPOTrainer):
             with self.accelerator.no_sync(model):
                 yield
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Leave out the update if the gradient norm is not finite, on all ranks alike (reference: `dp_actor.py`,
+        `_optimizer_step`). The norm is global, so ranks agree without asking. DeepSpeed has already left it out by now."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        skipped = not is_finite(norm)
+        if skipped and not self.is_deepspeed_enabled:
+            self.optimizer.zero_grad(set_to_none=True)  # AdamW passes over parameters without a gradient
+        self._skipped.record(skipped)
+        return norm
+
     def get_decay_parameter_names(self, model) -> list[str]:
         """Weight decay on every parameter: the reference has one flat group, HF exempts norms and biases."""
         return [name for name, _ in model.named_parameters()]
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Constant after a linear warm-up that advances once per rollout step (reference: min(1, k / warmup), k from 0)."""
-        if self.lr_scheduler is None:
-            warmup = self.args.warmup_rollout_steps
-
-            def factor(global_step: int) -> float:
-                return min(1.0, self.args.rollout_step(global_step) / warmup) if warmup else 1.0
-
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        """The reference's warm-up, per rollout step."""
+        self.lr_scheduler = self.lr_scheduler or warmup_schedule(optimizer or self.optimizer, self.args)
         return self.lr_scheduler
 
     # -- push ---------------------------------------------------------------------------------------------------------
@@ -347,9 +373,7 @@ class JustRLTrainer(GRPOTrainer):
         """Log-probabilities `(N,)` of all response tokens under the policy. All ranks call it: a ZeRO-3 forward is a
         collective. It takes the same way through the model as training does: DeepSpeed loses track of an untied head that is
         called as a module once and read directly later."""
-        self.model_wrapped.eval()
-        logps, _ = self._forward(self.model_wrapped, pack(sequences, self.accelerator.device))
-        self.model_wrapped.train()
+        logps, _ = self._forward(self.model, pack(sequences, self.accelerator.device))
         return logps
 
     def _require_current_weights(self) -> None:
@@ -382,6 +406,7 @@ class JustRLTrainer(GRPOTrainer):
         for name in ("generation", "scoring", "training", "sync"):
             metrics[f"seconds/{name}"].append(self.stage_seconds[name])
         metrics["seconds/total"].append(total)
+        metrics["skipped_optimizer_steps"].append(self._skipped.take())
         metrics["tokens/generated"].append(generated)
         metrics["tokens_per_second/generation"].append(generated / max(self.stage_seconds["generation"], 1e-9))
         metrics["tokens_per_second/training"].append(sum(metrics["tokens/trained"]) / max(self.stage_seconds["training"], 1e-9))
@@ -414,22 +439,3 @@ class JustRLTrainer(GRPOTrainer):
         completions = [[{"role": "assistant", "content": text}] for text in texts]
         rewards = self.reward_funcs[0](prompts=[row["prompt"] for row in rows], completions=completions, **columns)
         return sum(reward > 0 for reward in rewards) / len(rewards)
-
-
-class _SyncAfterRolloutStep(TrainerCallback):
-    """Push before the first rollout step (the server may hold anything after a resume) and after each one."""
-
-    def __init__(self, trainer: JustRLTrainer):
-        self._trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        trainer = self._trainer
-        trainer.push_weights()
-        trainer._metrics["train"].clear()
-        trainer.stage_seconds.clear()
-        trainer._rollout_started = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step % args.optimizer_steps_per_rollout_step == 0:
-            self._trainer.push_weights()
-            self._trainer.record_stages()

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config
 
+from justrl_trl.attention import describe_attention
 from justrl_trl.launch import (
     connect,
     load_data,
@@ -47,6 +48,7 @@ def main() -> None:
         plan_lines(
             training=training,
             model=model.model_name_or_path,
+            attention=describe_attention(model.attn_implementation),
             dataset=run.dataset_name,
             data_lines=data.report.lines(),
             heldout_size=len(data.heldout) if data.heldout else 0,

@@ -10,13 +10,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from justrl_trl.collectives import broadcast_ragged, gather_ragged, raise_together
 
 
 def test_one_rank_gathers_its_own_rows(accelerator):
     rows = [[1, 2], [], [3]]
-    assert gather_ragged(rows, accelerator) == rows
+    assert [row.tolist() for row in gather_ragged([torch.tensor(row) for row in rows], accelerator)] == rows
 
 
 def test_one_rank_broadcasts_to_itself(accelerator):
@@ -42,7 +43,7 @@ accelerator, out = Accelerator(cpu=True), {}
 rank = accelerator.process_index
 rows = {"rows": [[[1, 2, 3], [4]], [[], [151935] * 9]], "short": [[[1]], [[2, 3]]]}
 for name, both in rows.items():
-    out[name] = gather_ragged(both[rank], accelerator)
+    out[name] = [row.tolist() for row in gather_ragged([torch.tensor(row) for row in both[rank]], accelerator)]
 sent = [[7, 8], [], [9]] if rank == 0 else None
 out["broadcast"] = [row.tolist() for row in broadcast_ragged(sent, 3, accelerator)]
 raise_together(None, accelerator)

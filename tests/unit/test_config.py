@@ -189,8 +189,9 @@ def test_a_length_in_optimizer_steps_is_refused_with_the_one_in_rollout_steps(na
     assert instead in message
 
 
-def test_use_cpu_is_refused(monkeypatch):
+def test_use_cpu_is_refused_beside_deepspeed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(ValueError, match=r"use_cpu=True makes accelerate drop DeepSpeed.*Leave it off"):
         config(use_cpu=True)
 

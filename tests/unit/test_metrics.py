@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from justrl_trl.metrics import STEP_SUMS, rollout_metrics, step_metrics, step_sums
+from justrl_trl.metrics import STEP_SUMS, reduce_once, scoring_sums, step_metrics, step_sums
 
 from .recorded import both_sets, core_rows, tensor
 
@@ -32,7 +32,7 @@ def test_clip_fractions_equal_the_reference_on_every_recorded_row(which):
             inputs["cliprange_high"],
             inputs["clip_ratio_c"],
         )
-        metrics, _ = step_metrics(sums)
+        metrics = step_metrics(sums.tolist())
         assert metrics["clip_ratio/region_mean"] == pytest.approx(row["outputs"]["pg_clipfrac"], abs=1e-6), row["id"]
         assert metrics["clip_ratio/dual_mean"] == pytest.approx(row["outputs"]["pg_clipfrac_lower"], abs=1e-6), row["id"]
     assert compared
@@ -62,8 +62,7 @@ def test_each_token_counts_where_a_clip_decides_its_loss():
 
 
 def test_metrics_are_sums_over_tokens():
-    metrics, loss = step_metrics(step_sums(torch.tensor(0.75), **by_hand(), **CLIP))
-    assert loss.item() == 0.75
+    metrics = step_metrics(step_sums(torch.tensor(0.75), **by_hand(), **CLIP).tolist())
     assert metrics == pytest.approx(
         {
             "clip_ratio/low_mean": 0.2,
@@ -80,7 +79,7 @@ def test_metrics_are_sums_over_tokens():
 
 def test_unchanged_policy_has_ratio_1_and_nothing_else():
     logps = -torch.rand(9, generator=torch.Generator().manual_seed(0))
-    metrics, _ = step_metrics(step_sums(torch.zeros(()), logps, logps, torch.ones(9), torch.ones(9), **CLIP))
+    metrics = step_metrics(step_sums(torch.zeros(()), logps, logps, torch.ones(9), torch.ones(9), **CLIP).tolist())
     assert metrics.pop("ratio_mean") == 1.0 and metrics.pop("tokens/trained") == 9.0
     assert set(metrics.values()) == {0.0}
 
@@ -95,8 +94,8 @@ def test_sums_do_not_depend_on_how_micro_batches_are_cut():
 
 def test_a_step_without_response_tokens_divides_by_one():
     nothing = torch.zeros(3)
-    metrics, loss = step_metrics(step_sums(torch.tensor(0.0), nothing, nothing, nothing, nothing, **CLIP))
-    assert set(metrics.values()) == {0.0} and loss.item() == 0.0
+    metrics = step_metrics(step_sums(torch.tensor(0.0), nothing, nothing, nothing, nothing, **CLIP).tolist())
+    assert set(metrics.values()) == {0.0}
 
 
 def test_sums_keep_no_graph():
@@ -104,8 +103,21 @@ def test_sums_keep_no_graph():
     assert not step_sums(logps.sum(), logps, logps, torch.ones(2), torch.ones(2), **CLIP).requires_grad
 
 
-def test_entropy_is_a_mean_over_tokens_and_not_over_responses(accelerator):
-    entropies = torch.tensor([[1.0, 9.0, 9.0, 9.0], [2.0, 2.0, 2.0, 2.0]])
-    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 1, 1]]).bool()
-    assert rollout_metrics(entropies, mask, accelerator) == {"entropy": pytest.approx((1 + 4 * 2) / 5)}
-    assert rollout_metrics(entropies, torch.zeros_like(mask), accelerator) == {"entropy": 0.0}
+ENTROPIES = [torch.tensor([1.0]), torch.tensor([2.0, 2.0, 2.0]), torch.tensor([5.0, 7.0])]
+
+
+def test_entropy_is_a_sum_over_tokens_and_the_references_is_a_sum_under_foreign_masks():
+    # order [1, 2, 0]: row 0 (1 token) reads [2], row 1 (3 tokens) reads [5, 7] and a zero, row 2 (2 tokens) [1] and a zero
+    assert scoring_sums(ENTROPIES, [1, 2, 0]).tolist() == [1 + 6 + 12, 2 + 12 + 1, 6]
+    assert scoring_sums(ENTROPIES, [0, 1, 2]).tolist() == [19, 19, 6]
+
+
+def test_one_reduction_carries_everything(accelerator):
+    step = step_sums(torch.tensor(0.75), **by_hand(), **CLIP)
+    metrics, loss = reduce_once(step, scoring_sums(ENTROPIES, [1, 2, 0]), accelerator)
+    assert loss.item() == 0.75 and loss.dtype == torch.float32
+    assert metrics["entropy"] == pytest.approx(19 / 6) and metrics["entropy_reference"] == pytest.approx(15 / 6)
+    assert metrics["clip_ratio/low_mean"] == pytest.approx(0.2)
+    assert 0.01 < metrics["memory/peak_gib"] < 1000
+    later, _ = reduce_once(step, None, accelerator)
+    assert set(metrics) - set(later) == {"entropy", "entropy_reference"}

@@ -1,11 +1,11 @@
-"""Packing loses no token, crosses no boundary and keeps its budget; dealing is even and the same every time."""
+"""Packing loses no token and crosses no boundary, and unpadding undoes padding."""
 
 import random
 
 import pytest
 import torch
 
-from justrl_trl.packing import Sequence, deal, micro_batches_needed, pack, unpad
+from justrl_trl.packing import Sequence, pack, unpad
 
 CPU = torch.device("cpu")
 
@@ -15,7 +15,7 @@ def random_sequences(seed: int, count: int = 24, longest: int = 40) -> list[Sequ
     rng, sequences, token = random.Random(seed), [], 0
     for _ in range(count):
         length = rng.randint(1, longest)
-        sequences.append(Sequence(torch.arange(token, token + length), rng.randint(1, length)))
+        sequences.append(Sequence(torch.arange(token, token + length), rng.randint(1, length), rng.choice([-1.5, 0.0, 0.5])))
         token += length
     return sequences
 
@@ -46,8 +46,10 @@ def test_labels_are_the_response_tokens_and_nothing_else(seed):
         prompt = sequence.prompt_length
         assert piece[:prompt].tolist() == [-100] * prompt
         assert torch.equal(piece[prompt:], sequence.ids[prompt:])
-    scored = row.labels[0, 1:] != -100  # what the shifted loss looks at
-    assert int(scored.sum()) == sum(s.response_length for s in sequences)
+    # what the shifted loss looks at
+    assert torch.equal(row.scored, (row.labels[0, 1:] != -100).nonzero()[:, 0])
+    assert len(row.scored) == sum(s.response_length for s in sequences)
+    assert torch.equal(row.targets, torch.cat([s.ids[s.prompt_length :] for s in sequences]))
 
 
 def test_no_sequence_predicts_the_first_token_of_the_next():
@@ -66,6 +68,7 @@ def padded(sequences: list[Sequence], pad: int) -> dict[str, torch.Tensor]:
         "prompt_mask": torch.zeros(len(sequences), prompt_width, dtype=torch.int64),
         "completion_ids": torch.full((len(sequences), response_width), pad),
         "completion_mask": torch.zeros(len(sequences), response_width, dtype=torch.int64),
+        "advantages": torch.tensor([s.advantage for s in sequences]),
     }
     for i, s in enumerate(sequences):
         batch["prompt_ids"][i, prompt_width - s.prompt_length :] = s.ids[: s.prompt_length]
@@ -81,65 +84,4 @@ def test_unpadding_undoes_padding(seed):
     # the pad token is also a token of the first sequence: masks decide, not ids
     for back, original in zip(unpad(padded(sequences, pad=0)), sequences, strict=True):
         assert torch.equal(back.ids, original.ids)
-        assert (back.prompt_length, back.response_length) == (original.prompt_length, original.response_length)
-
-
-def random_lengths(seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randint(1, 400) for _ in range(rng.randint(1, 64))]
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_every_index_is_dealt_once_and_no_part_is_empty(seed):
-    lengths = random_lengths(seed)
-    for count in {1, 2, len(lengths) // 2 or 1, len(lengths)} & set(range(1, len(lengths) + 1)):
-        parts = deal(lengths, count)
-        assert len(parts) == count and all(parts)
-        assert sorted(i for part in parts for i in part) == list(range(len(lengths)))
-        assert all(part == sorted(part) for part in parts)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_parts_are_as_even_as_longest_first_promises(seed):
-    lengths = random_lengths(seed)
-    count = max(1, len(lengths) // 3)
-    totals = [sum(lengths[i] for i in part) for part in deal(lengths, count)]
-    # the heaviest part was the lightest when it got its last sequence, so it leads by at most that sequence
-    assert max(totals) - min(totals) <= max(lengths)
-
-
-def test_dealing_is_deterministic_by_hand():
-    # longest first, each to the lightest part: 7 -> part 0, 5 -> 1, the first 4 -> 2; then totals are 7, 5, 4: 4 -> 2
-    assert deal([4, 7, 4, 5], 3) == [[1], [3], [0, 2]]
-    assert deal([1, 1, 1, 1], 2) == [[0, 2], [1, 3]]
-    assert deal([0, 0, 0], 3) == [[0], [1], [2]]  # even sequences of no tokens are spread
-
-
-def test_equal_lengths_are_dealt_in_equal_counts():
-    assert {len(part) for part in deal([100] * 64, 16)} == {4}
-
-
-@pytest.mark.parametrize("count", [0, 4])
-def test_a_part_without_a_sequence_is_refused(count):
-    with pytest.raises(ValueError, match=rf"cannot deal 3 sequences into {count} parts"):
-        deal([1, 2, 3], count)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_the_budget_is_kept_with_as_many_micro_batches_as_needed_and_with_more(seed):
-    lengths = random_lengths(seed)
-    for budget in (max(lengths), 2 * max(lengths), sum(lengths)):
-        needed = micro_batches_needed(lengths, budget)
-        assert needed >= sum(lengths) / budget
-        # a rank follows the neediest one, so it may have to deal into more parts than it needs itself
-        for count in range(needed, min(needed + 6, len(lengths)) + 1):
-            assert max(sum(lengths[i] for i in part) for part in deal(lengths, count)) <= budget
-        # and no fewer would do
-        for count in range(1, needed):
-            assert max(sum(lengths[i] for i in part) for part in deal(lengths, count)) > budget
-
-
-def test_a_sequence_over_the_budget_is_an_error_with_both_numbers_and_the_remedy():
-    with pytest.raises(ValueError, match=r"sequence of 101 tokens.*max_tokens_per_micro_batch=100.*Raise the budget"):
-        micro_batches_needed([5, 101, 7], 100)
-    assert micro_batches_needed([5, 100, 7], 100) == 2
+        assert (back.prompt_length, back.advantage) == (original.prompt_length, original.advantage)

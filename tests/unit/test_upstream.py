@@ -38,12 +38,13 @@ OVERRIDDEN = {
     "compute_entropy=False, compute_aux_loss=False, pixel_values=None, image_grid_thw=None, num_images=None, "
     "pixel_attention_mask=None, spatial_shapes=None, num_tiles=None, image_sizes=None, token_type_ids=None, "
     "mm_token_type_ids=None, image_position_ids=None)",
+    "_prepare_inputs": "(self, generation_batch)",
     "training_step": "(self, model, inputs, num_items_in_batch)",
+    "_get_grad_norm": "(self, model, grad_norm=None)",
     "create_scheduler": "(self, num_training_steps, optimizer=None)",
     "get_decay_parameter_names": "(self, model)",
 }
 CALLED = {
-    (GRPOTrainer, "_prepare_inputs"): "(self, generation_batch)",
     (GRPOTrainer, "_tokenize_prompts"): "(self, prompts)",
     (Trainer, "create_scheduler"): OVERRIDDEN["create_scheduler"],
     (Trainer, "get_decay_parameter_names"): OVERRIDDEN["get_decay_parameter_names"],
@@ -207,7 +208,7 @@ def test_the_installed_versions_are_the_pinned_ones():
         assert importlib.metadata.version(found).split("+")[0] == version, name
 
 
-PURE = ("advantage", "loss", "packing", "metrics", "data", "data_sources", "rewards", "figures")
+PURE = ("advantage", "loss", "packing", "balance", "metrics", "data", "data_sources", "rewards", "figures")
 
 
 def imported(modules: list[str], heavy: set[str]) -> set[str]:

@@ -1,0 +1,164 @@
+"""The objective without logits: hidden states and LM head go into one kernel that never holds a `(tokens, vocabulary)` matrix.
+
+`loss_backend: liger` is Liger's fused linear GRPO loss; gradients of the head are computed in the forward pass. `trl` is TRL's
+own chunked head, which yields log-probabilities for the readable `loss.policy_loss`. Both run inside the model's forward pass,
+where DeepSpeed's and DDP's hooks see the head.
+"""
+
+import functools
+import inspect
+import types
+from dataclasses import dataclass
+
+import torch
+from liger_kernel.chunked_loss.grpo_loss import LigerFusedLinearGRPOFunction
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+# what TRL's head applies to logits and Liger's does not, with the value that means "nothing"
+_LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "output_multiplier": 1.0, "lm_head_multiplier": 1.0}
+_LOGIT_CHANGES["logits_scaling"] = 1.0
+_ONE_CHUNK = 2**31  # Liger tiles rows x vocabulary by itself; more chunks only cost a head-sized gradient buffer each
+
+
+@dataclass
+class LigerOutput(ModelOutput):
+    """Output of a model called with `liger=...`.
+
+    Args:
+        loss: scalar, the micro-batch's contribution to the loss of the optimizer step.
+        log_probs: `(N,)` of the response tokens, without gradient.
+    """
+
+    loss: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+
+
+_SIGNATURE = inspect.signature(LigerFusedLinearGRPOFunction.forward)
+_INPUTS = len(_SIGNATURE.parameters) - 1  # without ctx
+
+
+class _PolicyLoss(LigerFusedLinearGRPOFunction):
+    """Liger's function, with the log-probabilities that it computes anyway handed out: without them there would be no clip
+    fractions by side, no dual clip fraction and no KL estimate."""
+
+    @staticmethod
+    def ppo_loss_fn(per_token_logps, **kwargs):
+        loss, _ = LigerFusedLinearGRPOFunction.ppo_loss_fn(per_token_logps=per_token_logps, **kwargs)
+        return loss, [per_token_logps.detach().squeeze(1)]
+
+    @staticmethod
+    def backward(ctx, grad_output, *unused):
+        """Liger's, without its `if grad_output != 1.0`, which waits for the GPU, and without a second head-sized gradient."""
+        grad_hidden, grad_weight, grad_bias = (grad if grad is None else grad.mul_(grad_output) for grad in ctx.saved_tensors)
+        return (grad_hidden, grad_weight, None, None, None, grad_bias, *[None] * (_INPUTS - 6))
+
+
+def liger_policy_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    targets: torch.Tensor,
+    *,
+    old_per_token_logps: torch.Tensor,
+    advantages: torch.Tensor,
+    denominator: float,
+    epsilon_low: float,
+    epsilon_high: float,
+    delta: float,
+    temperature: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`loss.policy_loss` summed over N tokens and divided by `denominator`, without logits.
+
+    Args:
+        hidden: `(N, H)` last hidden states; weight `(V, H)`, bias `(V,)` of the LM head; targets `(N,)` the sampled tokens.
+        old_per_token_logps, advantages: `(N,)`.
+        denominator: see `loss.denominator`; at least 1.
+
+    Returns:
+        Scalar loss, and the `(N,)` log-probabilities without gradient.
+    """
+    if not len(targets):  # connected to the model, so that backward finds what it expects on every rank
+        return hidden.sum() * 0.0 + weight.sum() * 0.0, old_per_token_logps
+    world_size = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    arguments = _SIGNATURE.bind(
+        None,  # ctx
+        _input=hidden[:, None],  # every token is a row of its own: advantages are per row
+        weight=weight,
+        selected_token_ids=targets[:, None],
+        attention_mask=torch.ones_like(targets[:, None], dtype=torch.float32),
+        advantages=advantages,
+        bias=bias,
+        old_per_token_logps=old_per_token_logps[:, None],
+        beta=0.0,
+        epsilon_low=epsilon_low,
+        epsilon_high=epsilon_high,
+        delta=delta,
+        loss_type="dapo",  # sum over tokens / num_items_in_batch
+        temperature=temperature,
+        compiled=False,
+        use_ref_model=False,
+        chunk_size=_ONE_CHUNK,
+        num_items_in_batch=denominator * world_size,  # Liger divides it by the number of ranks
+    )
+    arguments.apply_defaults()
+    loss, (logps,) = _PolicyLoss.apply(*arguments.args[1:])
+    return loss, logps
+
+
+def check_liger_support(model: PreTrainedModel, cast_lm_head_to_fp32: bool = False) -> None:
+    """Liger's kernel knows a plain linear head only.
+
+    Raises:
+        ValueError: naming what the model has, and the switch.
+    """
+    config = model.config.get_text_config()
+    found = [
+        f"{k}={getattr(config, k)}" for k, plain in _LOGIT_CHANGES.items() if getattr(config, k, None) not in (None, plain)
+    ]
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear:
+        found.append(f"an LM head of type {type(head).__name__}")
+    if cast_lm_head_to_fp32:
+        found.append("cast_lm_head_to_fp32=True")
+    if found:
+        raise ValueError(
+            f"loss_backend='liger' computes plain linear logits, and this model has {', '.join(found)}: its loss would be that "
+            "of another model. Use --loss_backend trl, which supports it (adapters on the head: no backend does; take "
+            "'lm_head' out of the LoRA target modules)."
+        )
+
+
+def add_liger_loss(model: PreTrainedModel, epsilon_low: float, epsilon_high: float, delta: float, temperature: float) -> None:
+    """Teach `model` to answer `model(..., liger={...})` with a `LigerOutput`.
+
+    `liger` holds `positions` `(N,)` of the hidden states to score in a row, and `targets`, `old_per_token_logps`, `advantages`
+    (each `(N,)`) and `denominator` of `liger_policy_loss`. Without `liger` the forward pass is the one the model had.
+    """
+    original_forward = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` reads the signature
+    def forward(self, *args, liger: dict | None = None, **kwargs):
+        if liger is None:
+            return original_forward(*args, **kwargs)
+        outputs = self.base_model(*args, **kwargs, use_cache=False)
+        hidden = outputs.last_hidden_state[0].index_select(0, liger["positions"])
+        head = self.get_output_embeddings()
+        values = {name: value for name, value in liger.items() if name != "positions"}
+        # ZeRO-3 shards the head: it is gathered for as long as the loss takes. No autocast: Liger casts where it needs to, and
+        # the float32 sums of its backward pass would be cut to bfloat16
+        with torch.autocast(hidden.device.type, enabled=False), maybe_gather_lm_head_ctx(head.weight, head.bias):
+            loss, logps = liger_policy_loss(
+                hidden,
+                head.weight,
+                head.bias,
+                epsilon_low=epsilon_low,
+                epsilon_high=epsilon_high,
+                delta=delta,
+                temperature=temperature,
+                **values,
+            )
+        return LigerOutput(loss=loss, log_probs=logps)
+
+    model.forward = types.MethodType(forward, model)

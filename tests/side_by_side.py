@@ -1,0 +1,270 @@
+"""Stock TRL and this package on the same responses: gradients, losses and metrics of every optimizer step.
+
+Both trainers run as a user runs them, except for where responses come from: both get the same random ones, and no server is
+pushed to. As a program, `python side_by_side.py OUT CASES` (JSON, a name for each case) runs them one after
+another under a launcher, and rank 0 saves what it saw.
+"""
+
+import json
+import os
+import random
+import sys
+import tempfile
+from contextlib import contextmanager
+
+import torch
+from accelerate.state import AcceleratorState
+from datasets import Dataset
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+from peft import LoraConfig
+from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from justrl_trl import tiny
+from justrl_trl.config import JustRLConfig
+from justrl_trl.trainer import JustRLTrainer
+
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "broadcast_object_list")
+PROMPTS = [f"{'count ' * (i % 5)}what is {i} + {2 * i}?" for i in range(64)]
+
+
+def small_model(tied: bool, vocabulary: int, **changes) -> Qwen2ForCausalLM:
+    """A fresh Qwen2 of four layers; peaked enough that a few updates carry ratios beyond the clip."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "head_dim": 16} | changes
+    torch.manual_seed(7)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=vocabulary,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            tie_word_embeddings=tied,
+            initializer_range=0.1,
+            dtype="float32",
+            **sizes,
+        )
+    )
+
+
+def response(prompt_ids: list[int], copy: int, longest: int, vocabulary: int, eos: int) -> list[int]:
+    """The same for both trainers: random tokens, short ones more often, ended by EOS unless cut."""
+    rng = random.Random(f"{prompt_ids}{copy}")
+    length = min(longest, int(rng.lognormvariate(0, 1) * longest / 4) + 1)
+    tokens = [rng.randrange(vocabulary) for _ in range(length)]
+    return tokens if length == longest else [*tokens[:-1], eos]
+
+
+def reward(completion_ids, **kwargs) -> list[float]:
+    """+1 or -1, from the tokens."""
+    return [1.0 if random.Random(str(ids)).random() < 0.4 else -1.0 for ids in completion_ids]
+
+
+@contextmanager
+def counted_collectives():
+    """A list whose only entry counts calls of torch's collectives except DeepSpeed's (DDP's are not made in Python)."""
+    count, originals = [0], {name: getattr(torch.distributed, name) for name in COLLECTIVES}
+
+    def counting(original):
+        def call(*args, **kwargs):
+            frame, own = sys._getframe(1), True
+            while frame is not None and own:
+                own = "/deepspeed/" not in frame.f_code.co_filename
+                frame = frame.f_back
+            count[0] += own
+            return original(*args, **kwargs)
+
+        return call
+
+    try:
+        for name, original in originals.items():
+            setattr(torch.distributed, name, counting(original))
+        yield count
+    finally:
+        for name, original in originals.items():
+            setattr(torch.distributed, name, original)
+
+
+class SameResponses:
+    """Mixed into both trainers: recorded responses instead of sampled ones, and every gradient kept."""
+
+    plant_nan_at: dict[int, int] = {}  # optimizer step -> rank whose loss is NaN there
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        longest, vocabulary = self.max_completion_length, self.model.config.vocab_size
+        rows = [
+            response(ids, i % num_generations, longest, vocabulary, self.processing_class.eos_token_id)
+            for i, ids in enumerate(prompt_ids)
+        ]
+        torch.manual_seed(1234 + self.accelerator.process_index)  # the shuffle into optimizer steps comes next
+        return rows, None
+
+    def keep_records(self) -> None:
+        self.seen = {"gradients": [], "losses": [], "weights": [], "lr": [], "metrics": [], "collectives": []}
+        self.add_callback(_KeepRecords(self))
+
+    def gradient(self) -> torch.Tensor:
+        return self._whole(safe_get_full_grad if self.is_deepspeed_enabled else lambda p: p.grad)
+
+    def weights(self) -> torch.Tensor:
+        return self._whole(safe_get_full_fp32_param if self.is_deepspeed_enabled else lambda p: p)
+
+    def _whole(self, read) -> torch.Tensor:
+        """`(P,)` over all trained parameters; a collective under ZeRO-3."""
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return torch.cat([read(p).detach().flatten().cpu().clone() for p in trained])
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.is_deepspeed_enabled and not hasattr(self, "_tapped"):
+            self._tapped = engine = self.accelerator.deepspeed_engine_wrapped.engine
+            original = engine.step
+
+            def step(*args, **kwargs):
+                self.seen["gradients"].append(self.gradient())
+                return original(*args, **kwargs)
+
+            engine.step = step
+        with counted_collectives() as count:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        self.seen["collectives"].append(count[0])
+        self.seen["losses"].append(float(loss))
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        if not self.is_deepspeed_enabled:  # whose engine has already stepped
+            self.seen["gradients"].append(self.gradient())
+        return super()._get_grad_norm(model, grad_norm=grad_norm)
+
+
+class _KeepRecords(TrainerCallback):
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+        self.trainer.seen["lr"].append(lr_scheduler.get_last_lr()[0])
+        self.trainer.seen["weights"].append(self.trainer.weights())
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.trainer.seen["metrics"].append(dict(logs))
+
+
+class Stock(SameResponses, GRPOTrainer):
+    """TRL as it is, but for its `dapo` denominator: the optimizer step's own tokens instead of the average optimizer step's."""
+
+    def _prepare_inputs(self, generation_batch):
+        inputs = super()._prepare_inputs(generation_batch)
+        own = self.accelerator.gather(inputs["completion_mask"].sum()).sum()
+        return {**inputs, "num_items_in_batch": own * self.args.steps_per_generation}
+
+
+class Ours(SameResponses, JustRLTrainer):
+    """This package's trainer without a server."""
+
+    def push_weights(self) -> None:
+        for name in ("max", "mean"):
+            self._metrics["train"][f"sync/logprob_gap_{name}"].append(0.0)
+
+    def _micro_batch_loss(self, model, batch, step):
+        loss, logps = super()._micro_batch_loss(model, batch, step)
+        if self.plant_nan_at.get(self._step) == self.accelerator.process_index:
+            loss = loss * float("nan")
+        return loss, logps
+
+
+def build(case: dict, folder: str):
+    """The trainer of a case: `trainer` (stock or ours) and whatever changes its configuration."""
+    case = dict(case)
+    stock, tied, lora = case.pop("trainer") == "stock", case.pop("tied", False), case.pop("lora", False)
+    plant, longest, model_changes = case.pop("plant_nan_at", {}), case.pop("longest", 40), case.pop("model", {})
+    rollout_steps, responses = case.pop("rollout_steps", 1), case.pop("responses", 64)
+    steps, iterations = case.pop("steps_per_generation", 4), case.pop("num_iterations", 1)
+    common = {
+        "output_dir": folder,
+        "steps_per_generation": steps,
+        "num_iterations": iterations,
+        "num_generations": 8,
+        "max_completion_length": longest,
+        "learning_rate": case.pop("learning_rate", 1e-3),
+        "max_grad_norm": 1e9,
+        "beta": 0.0,
+        "epsilon": 0.2,
+        "epsilon_high": 0.28,
+        "delta": 10.0,
+        "weight_decay": 0.0,
+        "gradient_checkpointing": case.pop("gradient_checkpointing", False),
+        "bf16": case.pop("bf16", False),
+        "seed": 1,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "ddp_backend": "gloo" if case.pop("ranks", 1) > 1 else None,
+    }
+    tokenizer = tiny._tokenizer()
+    model = small_model(tied, len(tokenizer), **model_changes)
+    if stock:
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
+        args = GRPOConfig(
+            **common,
+            per_device_train_batch_size=case.pop("rows", responses // steps // ranks),
+            gradient_accumulation_steps=case.pop("accumulation", 1),
+            max_steps=rollout_steps * steps * iterations,
+            lr_scheduler_type="constant",
+            logging_steps=steps * iterations,
+            loss_type="dapo",
+            use_vllm=False,
+            save_strategy="no",
+            use_cpu=ranks > 1 and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",
+            **case,
+        )
+    else:
+        args = JustRLConfig(
+            **common,
+            generation_batch_size=responses,
+            num_rollout_steps=rollout_steps,
+            save_rollout_steps=0,
+            warmup_rollout_steps=case.pop("warmup_rollout_steps", 0),
+            max_prompt_length=64,
+            max_tokens_per_micro_batch=case.pop("budget", 400),
+            advantage_epsilon=case.pop("advantage_epsilon", 1e-4),  # TRL's
+            loss_normalization=case.pop("loss_normalization", "token_mean"),
+            **case,
+        )
+    prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS])
+    peft_config = LoraConfig(target_modules=["q_proj", "v_proj", "up_proj"], r=4, task_type="CAUSAL_LM") if lora else None
+    kwargs = {"reward_funcs": reward, "args": args, "train_dataset": prompts, "processing_class": tokenizer}
+    trainer = (Stock if stock else Ours)(model=model, **kwargs, **({} if stock else {"client": None}), peft_config=peft_config)
+    if lora:  # B starts at zero, and with it the gradient of A
+        torch.manual_seed(3)
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    trainer.plant_nan_at = {int(step): rank for step, rank in plant.items()}
+    trainer.keep_records()
+    return trainer
+
+
+def run(case: dict) -> dict:
+    """Train as `case` says.
+
+    Returns:
+        `gradients`: `(P,)` of each optimizer step, over all ranks; `losses`; `lr` after each; `metrics` of each rollout step.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build(case, folder)
+        trainer.train()
+        return trainer.seen
+
+
+def error(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative L2 distance."""
+    return float((one.double() - other.double()).norm() / other.double().norm())
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    results = {}
+    for name, case in json.loads(sys.argv[2]).items():
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+            AcceleratorState._reset_state()  # it holds the engine's configuration of the case before
+        results[name] = run(case)
+    if torch.distributed.get_rank() == 0:
+        torch.save(results, sys.argv[1])
+    torch.distributed.destroy_process_group()
