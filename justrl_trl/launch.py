@@ -9,9 +9,11 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
 import torch
 import transformers
 from datasets import Dataset
+from huggingface_hub import whoami
 from trl import ModelConfig, TrlParser
 
 from justrl_trl.attention import check_attention
@@ -82,7 +84,25 @@ def parse(default_recipe: Path) -> tuple[RunArguments, JustRLConfig, ModelConfig
     if not model.model_name_or_path:
         raise ValueError("model_name_or_path is not set: give a Hub id, a local folder, or embedded:tiny-base.")
     check_attention(model.attn_implementation)
+    if training.push_to_hub and training.distributed_state.is_main_process:
+        check_hub_login(training)
     return run, training, model
+
+
+def check_hub_login(training: JustRLConfig) -> None:
+    """A token that the Hub knows, before hours of work are to be pushed with it.
+
+    Raises:
+        ValueError: without one, or when the Hub cannot be reached.
+    """
+    try:
+        whoami(token=training.hub_token)
+    except (OSError, httpx.HTTPError) as error:  # no token, refused, offline
+        raise ValueError(
+            f"push_to_hub=True, but the Hub does not answer with who you are ({type(error).__name__}: "
+            f"{str(error).splitlines()[0]}). Log in with `hf auth login`, or set HF_TOKEN, or leave --push_to_hub out and push "
+            "the run folder later."
+        ) from error
 
 
 def resolve_model(model: ModelConfig, training: JustRLConfig) -> str:

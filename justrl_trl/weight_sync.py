@@ -58,9 +58,10 @@ class PolicyWeights:
             pass
 
     def _stream(self) -> Iterator[tuple[str, torch.Tensor]]:
+        adapted = isinstance(self._model, PeftModel)
         with self._merged_adapter():
             for name, parameter in self._named():
-                with _gathered([parameter]):
+                with nullcontext() if adapted else _gathered([parameter]):  # merged weights are gathered already
                     yield name, parameter.detach().to(self.dtype).contiguous()
 
     def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:

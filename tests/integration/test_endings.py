@@ -31,13 +31,15 @@ def rank_processes(run) -> list[psutil.Process]:
     return [p for p in run.alive() if "grpo_justrl.py" in " ".join(p.cmdline()) and p.environ().get("RANK")]
 
 
-@pytest.mark.parametrize("how", ["ctrl-c", "kill -9 of a rank", "kill -9 of the guard"])
+@pytest.mark.parametrize("how", ["ctrl-c", "sigterm to the launcher", "kill -9 of a rank", "kill -9 of the guard"])
 def test_an_interrupted_run_leaves_nothing_behind(launch, tmp_path, how):
     run = training(launch, tmp_path)
     assert len(rank_processes(run)) == 2 and any("api_server" in " ".join(p.cmdline()) for p in run.alive())
     assert any(p.name().startswith("VLLM::Worker") for p in run.alive()), "the test would not see a worker that stays"
     if how == "ctrl-c":
         os.killpg(run.process.pid, signal.SIGINT)
+    elif how == "sigterm to the launcher":  # what a scheduler sends
+        run.process.terminate()
     elif how == "kill -9 of the guard":
         next(p for p in run.alive() if "server_guard" in " ".join(p.cmdline())).kill()
     else:

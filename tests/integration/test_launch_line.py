@@ -5,7 +5,10 @@ import runpy
 import socket
 
 import pytest
-from conftest import ROOT
+
+from justrl_trl.run_folder import read_jsonl
+
+from .conftest import ROOT
 
 
 @pytest.fixture
@@ -99,3 +102,33 @@ def test_an_unknown_key_in_a_recipe_is_named(recipe, tmp_path):
 
 def test_an_unknown_model_is_named(recipe):
     refused(recipe("--model_name_or_path", "/no/such/model"), "/no/such/model")
+
+
+def test_flash_attention_that_cannot_run_is_refused(recipe):
+    refused(recipe("--attn_implementation", "flash_attention_2"), "flash_attention_2", "no GPU", "--attn_implementation sdpa")
+
+
+def test_a_budget_below_one_full_sequence_is_refused(recipe):
+    refused(recipe("--max_tokens_per_micro_batch", "100"), "max_tokens_per_micro_batch=100", "at least 112")
+
+
+def test_an_unknown_loss_backend_is_refused(recipe):
+    refused(recipe("--loss_backend", "lyger"), "loss_backend", "lyger")
+
+
+def test_pushing_to_the_hub_without_a_login_is_refused_before_anything_starts(recipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "none"))
+    refused(recipe("--push_to_hub"), "push_to_hub=True", "hf auth login")
+    assert not (tmp_path / "run").exists()
+
+
+def test_adapters_are_trained_pushed_merged_and_saved_under_zero3(launch, tmp_path):
+    options = ["--use_peft", "--lora_r", "8", "--learning_rate", "2e-3", "--warmup_rollout_steps", "0"]
+    run = launch("--output_dir", tmp_path / "run", "--num_rollout_steps", "2", "--report_to", "tensorboard", *options)
+    assert run.wait(400) == 0, run.output()[-4000:]
+    rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    # the second push carries changed adapters: the server agrees only if they were merged into what it got
+    assert len(rows) == 2 and rows[1]["approx_kl"] > 0 and max(row["sync/logprob_gap_mean"] for row in rows) < 0.05
+    assert (tmp_path / "run" / "checkpoint-8" / "adapter_model.safetensors").exists()
+    assert list((tmp_path / "run").glob("**/events.out.tfevents*"))
