@@ -1,7 +1,11 @@
 """JustRL (arXiv 2512.16649) on the Hugging Face stack. Public names; each is imported when first used, so that the small
 helper processes of this package (server guard, vLLM plugin) do not pay for torch and TRL."""
 
+import logging
 from importlib import import_module
+
+# TRL imports vLLM, which warns on every machine without a GPU that it will do without Triton
+logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
 _PUBLIC = {
     "JustRLConfig": "justrl_trl.config",

@@ -82,11 +82,14 @@ class RolloutStepPrinter:
         self._recent = [*self._recent[-9:], row["seconds/total"]]
         left = timedelta(seconds=round((self._total - step) * sum(self._recent) / len(self._recent)))
         names = {"gen": "generation", "score": "scoring", "train": "training", "sync": "sync"}
+        norm = "-" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
+        if row["skipped_optimizer_steps"]:
+            norm += f" ({row['skipped_optimizer_steps']:.0f} skipped)"
         stages = " ".join(f"{short} {row[f'seconds/{name}']:.1f}" for short, name in names.items())
         print(
             f"rollout step {step:>{self._width}}/{self._total}  reward {row['reward']:+.3f}  entropy {row['entropy']:.2f}  "
             f"length {row['completions/mean_length']:,.0f} (max {row['completions/max_length']:,.0f}, "
-            f"cut {row['completions/clipped_ratio']:.0%})  grad {row['grad_norm']:.2f}  gap {row['sync/logprob_gap_max']:.3f}  "
+            f"cut {row['completions/clipped_ratio']:.0%})  grad {norm}  gap {row['sync/logprob_gap_max']:.3f}  "
             f"| {stages} = {row['seconds/total']:.1f} s, {row['tokens_per_second/total']:,.0f} tok/s, left {left}",
             flush=True,
         )

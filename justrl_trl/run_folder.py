@@ -15,6 +15,7 @@ Only rank 0 writes. A resumed run drops the lines beyond its checkpoint and goes
 """
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -91,6 +92,11 @@ def append_jsonl(path: Path, row: dict) -> None:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def _json_ready(logs: dict) -> dict:
+    """JSON has no infinity and no NaN: a gradient norm that is not finite becomes null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in logs.items()}
+
+
 def _plain(part: object) -> dict:
     """Dataclass fields as YAML-ready values, as given on input rather than as derived."""
     values = part.to_dict() if hasattr(part, "to_dict") else asdict(part)
@@ -125,7 +131,7 @@ class RecordRun(TrainerCallback):
         if not state.is_world_process_zero or "reward" not in (logs or {}):
             return
         step = args.rollout_step(state.global_step)
-        row = {"rollout_step": step, "optimizer_step": state.global_step, **logs}
+        row = {"rollout_step": step, "optimizer_step": state.global_step, **_json_ready(logs)}
         append_jsonl(self.folder.metrics, row)
         for sample in self._samples(args.num_completions_to_save):
             append_jsonl(self.folder.samples, {"rollout_step": step, **sample})

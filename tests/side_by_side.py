@@ -11,6 +11,7 @@ import random
 import sys
 import tempfile
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from accelerate.state import AcceleratorState
@@ -30,26 +31,24 @@ PROMPTS = [f"{'count ' * (i % 5)}what is {i} + {2 * i}?" for i in range(64)]
 
 def small_model(tied: bool, vocabulary: int, **changes) -> Qwen2ForCausalLM:
     """A fresh Qwen2 of four layers; peaked enough that a few updates carry ratios beyond the clip."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "head_dim": 16} | changes
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "head_dim": 16}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "vocab_size": vocabulary}
     torch.manual_seed(7)
     return Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=vocabulary,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
             tie_word_embeddings=tied,
             initializer_range=0.1,
             dtype="float32",
-            **sizes,
+            **sizes | changes,
         )
     )
 
 
 def response(prompt_ids: list[int], copy: int, longest: int, vocabulary: int, eos: int) -> list[int]:
-    """The same for both trainers: random tokens, short ones more often, ended by EOS unless cut."""
+    """The same for both trainers: random tokens, ended by EOS unless cut; lengths as in the paper's run, where the limit is
+    15,360, the mean a third of it, and every twentieth response is cut."""
     rng = random.Random(f"{prompt_ids}{copy}")
-    length = min(longest, int(rng.lognormvariate(0, 1) * longest / 4) + 1)
+    length = min(longest, int(rng.lognormvariate(-1.54, 0.95) * longest) + 1)
     tokens = [rng.randrange(vocabulary) for _ in range(length)]
     return tokens if length == longest else [*tokens[:-1], eos]
 
@@ -156,6 +155,10 @@ class Stock(SameResponses, GRPOTrainer):
         return {**inputs, "num_items_in_batch": own * self.args.steps_per_generation}
 
 
+class Untouched(SameResponses, GRPOTrainer):
+    """TRL as it is."""
+
+
 class Ours(SameResponses, JustRLTrainer):
     """This package's trainer without a server."""
 
@@ -170,87 +173,111 @@ class Ours(SameResponses, JustRLTrainer):
         return loss, logps
 
 
-def build(case: dict, folder: str):
-    """The trainer of a case: `trainer` (stock or ours) and whatever changes its configuration."""
-    case = dict(case)
-    stock, tied, lora = case.pop("trainer") == "stock", case.pop("tied", False), case.pop("lora", False)
-    plant, longest, model_changes = case.pop("plant_nan_at", {}), case.pop("longest", 40), case.pop("model", {})
-    rollout_steps, responses = case.pop("rollout_steps", 1), case.pop("responses", 64)
-    steps, iterations = case.pop("steps_per_generation", 4), case.pop("num_iterations", 1)
-    common = {
-        "output_dir": folder,
-        "steps_per_generation": steps,
-        "num_iterations": iterations,
-        "num_generations": 8,
-        "max_completion_length": longest,
-        "learning_rate": case.pop("learning_rate", 1e-3),
-        "max_grad_norm": 1e9,
-        "beta": 0.0,
-        "epsilon": 0.2,
-        "epsilon_high": 0.28,
-        "delta": 10.0,
-        "weight_decay": 0.0,
-        "gradient_checkpointing": case.pop("gradient_checkpointing", False),
-        "bf16": case.pop("bf16", False),
-        "seed": 1,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "ddp_backend": "gloo" if case.pop("ranks", 1) > 1 else None,
-    }
-    tokenizer = tiny._tokenizer()
-    model = small_model(tied, len(tokenizer), **model_changes)
-    if stock:
+@dataclass
+class Case:
+    """One run. `trainer`: stock (TRL with our denominator), trl (TRL untouched) or ours; `changes` go to its configuration."""
+
+    trainer: str
+    tied: bool = False
+    lora: bool = False
+    model: dict = field(default_factory=dict)  # sizes of the model
+    longest: int = 40  # response tokens
+    responses: int = 64  # per rollout step
+    rollout_steps: int = 1
+    optimizer_steps: int = 4  # per rollout step
+    accumulation: int = 1  # stock: micro-batches per optimizer step
+    num_iterations: int = 1
+    learning_rate: float = 1e-3
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    budget: int = 400  # ours: tokens per micro-batch
+    plant_nan_at: dict = field(default_factory=dict)
+    changes: dict = field(default_factory=dict)
+
+    def arguments(self, folder: str) -> GRPOConfig | JustRLConfig:
+        """The configuration of the trainer, the same but for names and geometry."""
         ranks = int(os.environ.get("WORLD_SIZE", 1))
-        args = GRPOConfig(
-            **common,
-            per_device_train_batch_size=case.pop("rows", responses // steps // ranks),
-            gradient_accumulation_steps=case.pop("accumulation", 1),
-            max_steps=rollout_steps * steps * iterations,
-            lr_scheduler_type="constant",
-            logging_steps=steps * iterations,
-            loss_type="dapo",
-            use_vllm=False,
-            save_strategy="no",
-            use_cpu=ranks > 1 and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",
-            **case,
-        )
-    else:
-        args = JustRLConfig(
-            **common,
-            generation_batch_size=responses,
-            num_rollout_steps=rollout_steps,
-            save_rollout_steps=0,
-            warmup_rollout_steps=case.pop("warmup_rollout_steps", 0),
-            max_prompt_length=64,
-            max_tokens_per_micro_batch=case.pop("budget", 400),
-            advantage_epsilon=case.pop("advantage_epsilon", 1e-4),  # TRL's
-            loss_normalization=case.pop("loss_normalization", "token_mean"),
-            **case,
-        )
-    prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS])
-    peft_config = LoraConfig(target_modules=["q_proj", "v_proj", "up_proj"], r=4, task_type="CAUSAL_LM") if lora else None
-    kwargs = {"reward_funcs": reward, "args": args, "train_dataset": prompts, "processing_class": tokenizer}
-    trainer = (Stock if stock else Ours)(model=model, **kwargs, **({} if stock else {"client": None}), peft_config=peft_config)
-    if lora:  # B starts at zero, and with it the gradient of A
+        common = {
+            "output_dir": folder,
+            "num_iterations": self.num_iterations,
+            "num_generations": 8,
+            "max_completion_length": self.longest,
+            "learning_rate": self.learning_rate,
+            "max_grad_norm": 1e9,
+            "beta": 0.0,
+            "epsilon": 0.2,
+            "epsilon_high": 0.28,
+            "delta": 10.0,
+            "weight_decay": 0.0,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "bf16": self.bf16,
+            "seed": 1,
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        if self.trainer == "ours":
+            ours = {
+                "generation_batch_size": self.responses,
+                "steps_per_generation": self.optimizer_steps,
+                "num_rollout_steps": self.rollout_steps,
+                "save_rollout_steps": 0,
+                "warmup_rollout_steps": 0,
+                "max_prompt_length": 64,
+                "max_tokens_per_micro_batch": self.budget,
+                "advantage_epsilon": 1e-4,  # TRL's
+                "loss_normalization": "token_mean",
+            }
+            return JustRLConfig(**common | ours | self.changes)
+        micro_batches = self.optimizer_steps * self.accumulation
+        stock = {
+            "per_device_train_batch_size": self.responses // micro_batches // ranks,
+            "gradient_accumulation_steps": self.accumulation,
+            "steps_per_generation": micro_batches,
+            "max_steps": self.rollout_steps * self.optimizer_steps * self.num_iterations,
+            "logging_steps": self.optimizer_steps * self.num_iterations,
+            "lr_scheduler_type": "constant",
+            "loss_type": "dapo",
+            "use_vllm": False,
+            "save_strategy": "no",
+            "ddp_backend": "gloo" if ranks > 1 and not torch.cuda.is_available() else None,
+            "use_cpu": ranks > 1 and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",
+        }
+        return GRPOConfig(**common | stock | self.changes)
+
+
+def build(case: Case, folder: str):
+    """The trainer of a case."""
+    kind = {"ours": Ours, "stock": Stock, "trl": Untouched}[case.trainer]
+    tokenizer = tiny._tokenizer()
+    trainer = kind(
+        model=small_model(case.tied, len(tokenizer), **case.model),
+        args=case.arguments(folder),
+        train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS]),
+        reward_funcs=reward,
+        processing_class=tokenizer,
+        peft_config=LoraConfig(target_modules=["q_proj", "v_proj", "up_proj"], r=4) if case.lora else None,
+        **({"client": None} if case.trainer == "ours" else {}),
+    )
+    if case.lora:  # B starts at zero, and with it the gradient of A
         torch.manual_seed(3)
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
-    trainer.plant_nan_at = {int(step): rank for step, rank in plant.items()}
+    trainer.plant_nan_at = {int(step): rank for step, rank in case.plant_nan_at.items()}
     trainer.keep_records()
     return trainer
 
 
-def run(case: dict) -> dict:
-    """Train as `case` says.
+def run(trainer: str, **settings) -> dict:
+    """Train a `Case`.
 
     Returns:
         `gradients`: `(P,)` of each optimizer step, over all ranks; `losses`; `lr` after each; `metrics` of each rollout step.
     """
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build(case, folder)
-        trainer.train()
-        return trainer.seen
+        built = build(Case(trainer, **settings), folder)
+        built.train()
+        return built.seen
 
 
 def error(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -264,7 +291,7 @@ if __name__ == "__main__":
     for name, case in json.loads(sys.argv[2]).items():
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             AcceleratorState._reset_state()  # it holds the engine's configuration of the case before
-        results[name] = run(case)
+        results[name] = run(**case)
     if torch.distributed.get_rank() == 0:
         torch.save(results, sys.argv[1])
     torch.distributed.destroy_process_group()

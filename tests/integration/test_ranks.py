@@ -22,7 +22,6 @@ PROGRAM = Path(__file__).parents[1] / "side_by_side.py"
 
 def two_ranks(launcher: list[str], cases: dict[str, dict], out: Path) -> dict[str, dict]:
     """What each case saw, one after another in the same two processes."""
-    cases = {name: {**case, "ranks": 2} for name, case in cases.items()}
     done = subprocess.run(
         [sys.executable, *launcher, str(PROGRAM), str(out), json.dumps(cases)],
         cwd=ROOT,
@@ -38,9 +37,9 @@ def two_ranks(launcher: list[str], cases: dict[str, dict], out: Path) -> dict[st
 CASES = {
     "stock": {"trainer": "stock"},
     "liger": {"trainer": "ours"},
-    "trl": {"trainer": "ours", "loss_backend": "trl"},
+    "trl": {"trainer": "ours", "changes": {"loss_backend": "trl"}},
     # one optimizer step per rollout step: the same sequences in it on any number of ranks
-    "one step": {"trainer": "ours", "steps_per_generation": 1},
+    "one step": {"trainer": "ours", "optimizer_steps": 1},
     # rank 1 plants it, both ranks leave the optimizer step out
     "nan": {"trainer": "ours", "plant_nan_at": {2: 1}},
 }
@@ -87,7 +86,7 @@ def test_adapters_train_under_zero3_as_on_one_rank(zero3):
 
 
 def test_one_rank_computes_what_two_do(seen):
-    one = run({"trainer": "ours", "steps_per_generation": 1})
+    one = run("ours", optimizer_steps=1)
     assert_same(one, seen["one step"])
 
 

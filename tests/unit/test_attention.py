@@ -14,7 +14,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from justrl_trl.attention import PACKED_SDPA, packed_arguments, use_packed_attention
+from justrl_trl.attention import PACKED_SDPA, check_attention, describe_attention, packed_arguments, use_packed_attention
 from justrl_trl.packing import PackedRow, Sequence, pack
 
 CPU = torch.device("cpu")
@@ -158,3 +158,23 @@ def test_every_other_attention_is_replaced(other):
     model = with_attention(other)
     use_packed_attention(model)
     assert model.config._attn_implementation == PACKED_SDPA
+
+
+@pytest.mark.parametrize("implementation", [None, "sdpa", "eager"])
+def test_attention_that_is_everywhere_passes_the_check(implementation):
+    check_attention(implementation)
+
+
+@pytest.mark.parametrize("flash", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"])
+def test_flash_attention_without_a_gpu_is_refused(monkeypatch, flash):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=rf"{flash}.*no GPU.*--attn_implementation sdpa"):
+        check_attention(flash)
+
+
+def test_flash_attention_without_its_package_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="'flash_attn' is not installed.*--attn_implementation sdpa"):
+        check_attention("flash_attention_2")
+    assert "flash-attn is not installed" in describe_attention("sdpa")

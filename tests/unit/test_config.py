@@ -210,3 +210,19 @@ def test_a_micro_batch_too_small_for_one_sequence_is_refused():
 def test_an_unknown_normalization_is_refused():
     with pytest.raises(ValueError, match="loss_normalization"):
         config(loss_normalization="mean")
+
+
+def test_deepspeed_accumulates_and_reduces_gradients_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    engine = config().deepspeed_plugin.deepspeed_config
+    assert engine["zero_optimization"]["stage"] == 3
+    # unset, both are bfloat16 in a bf16 run
+    assert engine["data_types"] == {"grad_accum_dtype": "fp32"} and engine["communication_data_type"] == "fp32"
+
+
+@pytest.mark.parametrize(("name", "value"), [("loss_backend", "lyger"), ("loss_normalization", "mean")])
+def test_an_unknown_kernel_or_objective_is_named_with_the_known_ones(name, value):
+    with pytest.raises(ValueError, match=rf"{name}='{value}' is unknown. Use '"):
+        config(**{name: value})

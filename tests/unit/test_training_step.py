@@ -7,7 +7,7 @@ the clips. Two ranks are in `tests/integration/test_ranks.py`.
 import pytest
 import torch
 
-from tests.side_by_side import build, error, run
+from tests.side_by_side import Case, build, error, run
 
 FIRST, LATER = 1e-5, 1e-4  # relative error of the whole gradient; later ones carry the difference of earlier updates
 
@@ -18,7 +18,7 @@ KINDS = {"untied": {}, "tied": {"tied": True}, "lora": {"lora": True, "learning_
 @pytest.fixture(scope="module")
 def stock() -> dict[str, dict]:
     """What stock TRL does, once per kind of model."""
-    return {kind: run({"trainer": "stock", **case}) for kind, case in (KINDS | {"twice": {"num_iterations": 2}}).items()}
+    return {kind: run("stock", **case) for kind, case in (KINDS | {"twice": {"num_iterations": 2}}).items()}
 
 
 def assert_same(ours: dict, other: dict) -> None:
@@ -30,7 +30,7 @@ def assert_same(ours: dict, other: dict) -> None:
 @pytest.mark.parametrize("backend", ["liger", "trl"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_equal_those_of_stock_trl(stock, kind, backend):
-    ours = run({"trainer": "ours", "loss_backend": backend, **KINDS[kind]})
+    ours = run("ours", **KINDS[kind], changes={"loss_backend": backend})
     assert len(ours["gradients"]) == 4
     assert_same(ours, stock[kind])
     # the comparison reaches what it is about: tokens beyond both clips, weighted differently by everything that could be wrong
@@ -39,23 +39,23 @@ def test_gradients_equal_those_of_stock_trl(stock, kind, backend):
 
 
 def test_gradient_checkpointing_changes_nothing(stock):
-    assert_same(run({"trainer": "ours", "gradient_checkpointing": True}), stock["untied"])
+    assert_same(run("ours", gradient_checkpointing=True), stock["untied"])
 
 
 def test_two_passes_over_a_rollout_step_equal_stock_trl(stock):
-    ours = run({"trainer": "ours", "num_iterations": 2})
+    ours = run("ours", num_iterations=2)
     assert len(ours["gradients"]) == 8
     assert_same(ours, stock["twice"])
 
 
 @pytest.mark.parametrize("budget", [104, 250, 100_000])
 def test_any_token_budget_gives_the_same_gradient(stock, budget):
-    assert_same(run({"trainer": "ours", "budget": budget}), stock["untied"])
+    assert_same(run("ours", budget=budget), stock["untied"])
 
 
 def test_reference_normalization_is_the_same_from_both_kernels_and_another_objective():
     liger, trl, token_mean = (
-        run({"trainer": "ours", "loss_backend": backend, "loss_normalization": mode, "budget": 250})
+        run("ours", budget=250, changes={"loss_backend": backend, "loss_normalization": mode})
         for backend, mode in (("liger", "reference"), ("trl", "reference"), ("liger", "token_mean"))
     )
     assert_same(liger, trl)
@@ -63,12 +63,12 @@ def test_reference_normalization_is_the_same_from_both_kernels_and_another_objec
 
 
 def test_in_one_micro_batch_both_normalizations_are_one():
-    reference = run({"trainer": "ours", "loss_normalization": "reference", "budget": 100_000})
-    assert_same(reference, run({"trainer": "ours", "budget": 100_000}))
+    reference = run("ours", budget=100_000, changes={"loss_normalization": "reference"})
+    assert_same(reference, run("ours", budget=100_000))
 
 
 def test_metrics_of_a_rollout_step_are_there_and_sane():
-    seen = run({"trainer": "ours", "rollout_steps": 2})
+    seen = run("ours", rollout_steps=2)
     for row in seen["metrics"][:2]:
         assert 0 < row["entropy_reference"] < row["entropy"]
         assert row["padding_share"] == 0 and 1 <= row["load_imbalance"] < 1.5
@@ -77,8 +77,8 @@ def test_metrics_of_a_rollout_step_are_there_and_sane():
 
 
 def test_the_entropy_of_the_scoring_pass_is_that_of_the_sampling_policy():
-    first = run({"trainer": "ours"})["metrics"][0]["entropy"]
-    other = run({"trainer": "ours", "budget": 104, "learning_rate": 1e-6})["metrics"][0]["entropy"]
+    first = run("ours")["metrics"][0]["entropy"]
+    other = run("ours", budget=104, learning_rate=1e-6)["metrics"][0]["entropy"]
     assert first == pytest.approx(other, rel=1e-5)  # before the first update, whatever the cut
 
 
@@ -87,7 +87,9 @@ def weights_of(trainer) -> torch.Tensor:
 
 
 def test_a_gradient_that_is_not_finite_is_left_out_and_the_run_goes_on(tmp_path):
-    trainer = build({"trainer": "ours", "plant_nan_at": {1: 0}, "warmup_rollout_steps": 2, "rollout_steps": 3}, str(tmp_path))
+    # in the second optimizer step of the second rollout step: the first one has lr 0
+    case = Case("ours", plant_nan_at={5: 0}, rollout_steps=3, changes={"warmup_rollout_steps": 2})
+    trainer = build(case, str(tmp_path))
     before = []
     trainer_step = trainer.training_step
 
@@ -96,7 +98,6 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_the_run_goes_on(tmp_path)
         return trainer_step(*args, **kwargs)
 
     trainer.training_step = keep
-    trainer.plant_nan_at = {5: 0}  # the second optimizer step of the second rollout step: the first one has lr 0
     trainer.train()
     assert torch.equal(before[6], before[5]) and not torch.equal(before[5], before[4]) and not torch.equal(before[7], before[6])
     assert torch.isfinite(weights_of(trainer)).all()
@@ -106,14 +107,13 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_the_run_goes_on(tmp_path)
     assert trainer.seen["lr"] == pytest.approx([k / 2 * 1e-3 for k in (0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 2)])
 
 
-def test_nothing_but_skipped_steps_ends_the_run(tmp_path):
-    case = {"trainer": "ours", "plant_nan_at": {1: 0, 2: 0}, "max_skipped_steps": 2}
+def test_nothing_but_skipped_steps_ends_the_run():
     with pytest.raises(RuntimeError, match=r"2 optimizer steps in a row .*max_skipped_steps=2.*resume_from_checkpoint"):
-        run(case)
+        run("ours", plant_nan_at={1: 0, 2: 0}, changes={"max_skipped_steps": 2})
 
 
 def test_evaluation_goes_through_trls_padded_path(tmp_path):
-    trainer = build({"trainer": "ours"}, str(tmp_path))
+    trainer = build(Case("ours"), str(tmp_path))
     trainer.model.eval()
     with torch.no_grad():
         metrics = trainer.evaluate(trainer.train_dataset.select(range(8)))
