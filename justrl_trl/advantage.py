@@ -10,7 +10,7 @@ def group_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, epsilon: fl
     mean 0 and standard deviation 1, as in the reference (`verl/trainer/ppo/core_algos.py`, `compute_grpo_outcome_advantage`).
 
     Args:
-        rewards: `(B,)`, one scalar per response.
+        rewards: `(B,)`, one scalar per response; NaN where no reward function knew one: it gets 0 and its group ignores it.
         group_ids: `(B,)` integers; responses to the same prompt share one, in any order.
         epsilon: numeric guard of the division.
 
@@ -19,6 +19,13 @@ def group_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, epsilon: fl
     """
     if rewards.shape != group_ids.shape or rewards.dim() != 1:
         raise ValueError(f"rewards {tuple(rewards.shape)} and group_ids {tuple(group_ids.shape)} must be 1-D and alike.")
+    known = ~rewards.isnan()
+    advantages = torch.zeros_like(rewards)
+    advantages[known] = _known_advantages(rewards[known], group_ids[known], epsilon)
+    return advantages
+
+
+def _known_advantages(rewards: torch.Tensor, group_ids: torch.Tensor, epsilon: float) -> torch.Tensor:
     _, group = torch.unique(group_ids, return_inverse=True)
     count = torch.bincount(group).to(rewards.dtype)
     zeros = torch.zeros_like(count)

@@ -11,6 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from justrl_trl.packing import PackedRow
+
 PACKED_SDPA = "justrl_packed_sdpa"
 
 
@@ -78,7 +80,7 @@ def use_packed_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(PACKED_SDPA)
 
 
-def packed_arguments(model: PreTrainedModel, lengths: list[int], device: torch.device) -> dict:
+def packed_arguments(model: PreTrainedModel, row: PackedRow) -> dict:
     """Keyword arguments of `model(...)` that tell its attention where sequences of a packed row begin and end."""
     if model.config._attn_implementation == PACKED_SDPA:
         windowed = getattr(model.config, "sliding_window", None) and not hasattr(model.config, "layer_types")
@@ -89,12 +91,12 @@ def packed_arguments(model: PreTrainedModel, lengths: list[int], device: torch.d
                 "attention only. Install flash-attn and set attn_implementation: flash_attention_2."
             )
         # transformers leaves a 4-D mask as it is instead of building T x T; `packed_sdpa` does not look at it
-        return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device), "packed_lengths": lengths}
-    boundaries = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=row.input_ids.device)
+        return {"attention_mask": mask, "packed_lengths": row.lengths}
     return {
         "attention_mask": None,
-        "cu_seq_lens_q": boundaries,
-        "cu_seq_lens_k": boundaries,
-        "max_length_q": max(lengths),
-        "max_length_k": max(lengths),
+        "cu_seq_lens_q": row.boundaries,
+        "cu_seq_lens_k": row.boundaries,
+        "max_length_q": max(row.lengths),
+        "max_length_k": max(row.lengths),
     }

@@ -132,10 +132,15 @@ class JustRLConfig(GRPOConfig):
     # rollout server
     use_vllm: bool = field(default=True, metadata={"help": "Always on: rollouts come from a vLLM server."})
     vllm_mode: str = field(default="server", metadata={"help": "Always 'server'."})
-    vllm_server_base_url: str | None = field(
+    rollout_servers: list[str] | None = field(
         default=None,
-        metadata={"help": "Address of a running server, e.g. http://127.0.0.1:8000; default: start one on this machine."},
+        metadata={"help": "Addresses of running servers, e.g. http://10.0.0.5:8000 http://10.0.0.6:8000; default: managed."},
     )
+    managed_servers: int = field(
+        default=1,
+        metadata={"help": "Without rollout_servers: so many are started on this machine, each on a core or GPU of its own."},
+    )
+    vllm_server_base_url: str | None = field(default=None, metadata={"help": "TRL's name for a single rollout_servers."})
     vllm_server_host: str = field(default="127.0.0.1", metadata={"help": "Where a managed server binds."})
     vllm_server_port: int = field(default=0, metadata={"help": "Port of a managed server; 0 takes a free one."})
     vllm_server_timeout: float = field(default=600.0, metadata={"help": "Seconds to wait for a server to become healthy."})
@@ -153,6 +158,23 @@ class JustRLConfig(GRPOConfig):
         default=3600.0,
         metadata={"help": "Seconds that one prompt's responses may take before the server counts as hung."},
     )
+    server_wait: float = field(
+        default=600.0,
+        metadata={"help": "Seconds to wait for a server when none is left; then a checkpoint is saved and the run ends."},
+    )
+    server_heartbeat_timeout: float = field(
+        default=60.0,
+        metadata={"help": "Seconds without an answer to a probe after which a server counts as hung and loses its prompts."},
+    )
+    gap_responses: int = field(
+        default=4,
+        metadata={"help": "Responses per rollout step whose log-probabilities are compared between trainer and server."},
+    )
+    gap_warning: float = field(
+        default=0.1,
+        metadata={"help": "Mean |log p_trainer - log p_server| over those responses above which a warning is printed."},
+    )
+    gap_limit: float = field(default=1.0, metadata={"help": "The same, above which the run ends: foreign samples."})
     sync_logprob_gap_limit: float = field(
         default=0.1,
         metadata={
@@ -177,6 +199,7 @@ class JustRLConfig(GRPOConfig):
     def __post_init__(self):
         world_size = int(os.environ.get("WORLD_SIZE", 1))
         self._check_fixed_choices()
+        self._gather_servers()
         self._check_ranges()
         self._derive_batch(world_size)
         self._derive_steps()
@@ -237,11 +260,27 @@ class JustRLConfig(GRPOConfig):
             if getattr(given, "value", given) != value:
                 raise ValueError(f"{name}={given!r} is not supported: {reason}. Leave it at {value!r}.")
 
+    def _gather_servers(self) -> None:
+        if self.vllm_server_base_url:
+            if self.rollout_servers not in (None, [self.vllm_server_base_url]):
+                raise ValueError(
+                    f"rollout_servers={self.rollout_servers} and vllm_server_base_url={self.vllm_server_base_url!r} name "
+                    "different servers. Give all of them as rollout_servers."
+                )
+            self.rollout_servers = [self.vllm_server_base_url]
+        for url in self.rollout_servers or ():
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"rollout_servers: {url!r} is not an address. Write it as http://HOST:PORT.")
+        if len(set(self.rollout_servers or ())) < len(self.rollout_servers or ()):
+            raise ValueError(f"rollout_servers={self.rollout_servers} names a server twice. Give each once.")
+
     def _check_ranges(self) -> None:
         least = {"generation_batch_size": 1, "steps_per_generation": 1, "num_generations": 2, "num_iterations": 1}
         least |= {"num_rollout_steps": 1, "warmup_rollout_steps": 0, "save_rollout_steps": 0}
         least |= {
             "max_skipped_steps": 1,
+            "managed_servers": 1,
+            "gap_responses": 0,
             "max_prompt_length": 1,
             "max_completion_length": 1,
             "heldout_generations": 1,
@@ -306,8 +345,8 @@ class JustRLConfig(GRPOConfig):
     def _derive_hardware(self, world_size: int) -> None:
         if torch.cuda.is_available():
             self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
-            if self.tf32 is None and torch.cuda.get_device_capability()[0] >= 8:
-                self.tf32 = True  # Liger's backward multiplies in float32, several times slower without
+            if self.tf32 is None and self.bf16 and torch.cuda.get_device_capability()[0] >= 8:
+                self.tf32 = True  # Liger's backward multiplies in float32 also in a bf16 run, several times slower without
             return
         # Without a GPU: float32, as the plan says (a recipe's bf16 is for its GPUs), and gloo
         self.bf16 = False

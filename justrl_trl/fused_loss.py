@@ -63,7 +63,7 @@ def liger_policy_loss(
     *,
     old_per_token_logps: torch.Tensor,
     advantages: torch.Tensor,
-    denominator: float,
+    denominator: torch.Tensor | float,
     epsilon_low: float,
     epsilon_high: float,
     delta: float,
@@ -74,7 +74,7 @@ def liger_policy_loss(
     Args:
         hidden: `(N, H)` last hidden states; weight `(V, H)`, bias `(V,)` of the LM head; targets `(N,)` the sampled tokens.
         old_per_token_logps, advantages: `(N,)`.
-        denominator: see `loss.denominator`; at least 1.
+        denominator: see `loss.denominator`; at least 1. A tensor on the device spares a copy to the GPU, and the wait for it.
 
     Returns:
         Scalar loss, and the `(N,)` log-probabilities without gradient.
@@ -130,6 +130,19 @@ def check_liger_support(model: PreTrainedModel, cast_lm_head_to_fp32: bool = Fal
         )
 
 
+def check_dense(model: PreTrainedModel) -> None:
+    """Mixture-of-experts models train with an auxiliary loss on their router, which this objective has not.
+
+    Raises:
+        ValueError: if the model is one that returns router logits.
+    """
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise ValueError(
+            f"{model.config.model_type} asks for a load-balancing loss (output_router_logits=True), and the JustRL objective "
+            "has none: the router would train without it. Use a dense model, or set output_router_logits: false in its config."
+        )
+
+
 def add_liger_loss(model: PreTrainedModel, epsilon_low: float, epsilon_high: float, delta: float, temperature: float) -> None:
     """Teach `model` to answer `model(..., liger={...})` with a `LigerOutput`.
 
@@ -145,9 +158,11 @@ def add_liger_loss(model: PreTrainedModel, epsilon_low: float, epsilon_high: flo
         outputs = self.base_model(*args, **kwargs, use_cache=False)
         hidden = outputs.last_hidden_state[0].index_select(0, liger["positions"])
         head = self.get_output_embeddings()
+        if torch.is_autocast_enabled(hidden.device.type):  # what autocast would do to the head's product, as in scoring
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         values = {name: value for name, value in liger.items() if name != "positions"}
-        # ZeRO-3 shards the head: it is gathered for as long as the loss takes. No autocast: Liger casts where it needs to, and
-        # the float32 sums of its backward pass would be cut to bfloat16
+        # ZeRO-3 shards the head: it is gathered for as long as the loss takes. Autocast ends here: it would cut the float32
+        # sums of Liger's backward pass to bfloat16
         with torch.autocast(hidden.device.type, enabled=False), maybe_gather_lm_head_ctx(head.weight, head.bias):
             loss, logps = liger_policy_loss(
                 hidden,

@@ -28,6 +28,8 @@ from justrl_trl.data import (
     to_training_dataset,
 )
 from justrl_trl.optimizer import NonFiniteGradientError
+from justrl_trl.pool import RolloutPool
+from justrl_trl.progress import Waiting
 from justrl_trl.rollout import RolloutClient
 from justrl_trl.server import ManagedServer, ServerError, ServerSpec, check_compiler, pick_hardware
 from justrl_trl.tiny import ARITHMETIC, TINY_BASE, arithmetic_problems, tiny_base_folder
@@ -65,8 +67,15 @@ class TrainingData:
     report: DataReport
 
 
-def parse(default_recipe: Path) -> tuple[RunArguments, JustRLConfig, ModelConfig]:
+def parse(default_recipe: Path, *more: type) -> tuple:
     """Arguments from `--config FILE` and the command line; without any `--config`, from `default_recipe`.
+
+    Args:
+        default_recipe: YAML file.
+        more: further dataclasses of arguments.
+
+    Returns:
+        `RunArguments`, `JustRLConfig`, `ModelConfig`, and one of each of `more`.
 
     Raises:
         ValueError: for an unknown key or option, or a rule that is broken.
@@ -79,14 +88,21 @@ def parse(default_recipe: Path) -> tuple[RunArguments, JustRLConfig, ModelConfig
     path = Path("".join(argv[argv.index("--config") + 1 :][:1]))
     if not path.is_file():
         raise ValueError(f"--config {path}: there is no such file. Recipes are in recipes/*.yaml.")
-    parser = TrlParser((RunArguments, JustRLConfig, ModelConfig))
-    run, training, model = parser.parse_args_and_config(argv)
-    if not model.model_name_or_path:
+    parsed = TrlParser((RunArguments, JustRLConfig, ModelConfig, *more)).parse_args_and_config(argv)
+    if not parsed[2].model_name_or_path:
         raise ValueError("model_name_or_path is not set: give a Hub id, a local folder, or embedded:tiny-base.")
+    return tuple(parsed)
+
+
+def check_machine(training: JustRLConfig, model: ModelConfig) -> None:
+    """What the run needs and this machine may lack: the attention it asks for, a login at the Hub.
+
+    Raises:
+        ValueError: which, and what to do.
+    """
     check_attention(model.attn_implementation)
     if training.push_to_hub and training.distributed_state.is_main_process:
         check_hub_login(training)
-    return run, training, model
 
 
 def check_hub_login(training: JustRLConfig) -> None:
@@ -156,11 +172,21 @@ def _load(name: str, config: str | None, split: str, revision: str | None, part:
     return load_problems(name, config, split, revision)
 
 
-def start_server(model: str, training: JustRLConfig, revision: str | None, log_path: Path) -> ManagedServer:
-    """Start the managed server of this machine; returns at once (see `ManagedServer.wait`)."""
+def start_servers(model: str, training: JustRLConfig, revision: str | None, log_path: Path) -> list[ManagedServer]:
+    """Start the managed servers of this machine; returns at once (see `ManagedServer.wait`)."""
     check_compiler()
-    hardware = pick_hardware(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count())
-    spec = ServerSpec(
+    ranks, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), training.managed_servers
+    if training.vllm_server_port and count > 1:
+        raise ServerError(f"vllm_server_port={training.vllm_server_port} is one port, managed_servers={count}. Leave it at 0.")
+    hardware = [pick_hardware(ranks, torch.cuda.device_count(), index, count) for index in range(count)]
+    logs = [log_path.with_stem(f"{log_path.stem}_{index + 1}") if index else log_path for index in range(count)]
+    specs = [server_spec(model, training, revision, log, **own) for log, own in zip(logs, hardware, strict=True)]
+    return [ManagedServer(spec) for spec in specs]
+
+
+def server_spec(model: str, training: JustRLConfig, revision: str | None, log_path: Path, **own) -> ServerSpec:
+    """A server for this recipe; `own` says on which device, and what else is its own."""
+    values = dict(
         model=model,
         revision=revision,
         dtype=training.server_dtype,
@@ -172,19 +198,35 @@ def start_server(model: str, training: JustRLConfig, revision: str | None, log_p
         gpu_memory_utilization=training.vllm_gpu_memory_utilization,
         seed=training.seed,
         log_path=log_path,
-        **hardware,
     )
-    return ManagedServer(spec)
+    return ServerSpec(**values | own)
 
 
-def connect(url: str, key: str | None, model: str, training: JustRLConfig) -> RolloutClient:
-    """A client of a healthy server that serves this model, at sufficient length, with weight transfer on.
+def connect(model: str, training: JustRLConfig, servers: list[ManagedServer]) -> RolloutPool:
+    """The pool of this run: given servers, or managed ones once they are healthy; each serves this model, at sufficient
+    length, with weight transfer on.
 
     Raises:
         ServerError: which of these is not so, and what to do.
     """
-    client = RolloutClient(url, key, request_seconds=training.request_timeout)
-    config = client.vllm_config()
+    for server in servers:
+        server.wait(training.vllm_server_timeout, Waiting(f"starting the vLLM server at {server.url}"))
+    addresses = [(server.url, server.key) for server in servers] or [(url, None) for url in training.rollout_servers]
+    clients = [RolloutClient(url, key, request_seconds=training.request_timeout) for url, key in addresses]
+    for client in clients:
+        check_server(client, model, training)
+    return RolloutPool(
+        clients,
+        servers,
+        max_num_seqs=training.server_max_num_seqs,
+        heartbeat_timeout=training.server_heartbeat_timeout,
+        wait_seconds=training.server_wait,
+    )
+
+
+def check_server(client: RolloutClient, model: str, training: JustRLConfig) -> None:
+    """Raises `ServerError` if the server is not one that this run can use."""
+    url, config = client.url, client.vllm_config()
     served, length = config["model_config"]["model"], config["model_config"]["max_model_len"]
     if _canonical(served) != _canonical(model):
         raise ServerError(
@@ -201,7 +243,6 @@ def connect(url: str, key: str | None, model: str, training: JustRLConfig) -> Ro
             f"The server at {url} was started without weight transfer. Add --weight-transfer-config "
             '\'{"backend": "justrl_gloo"}\' (or nccl on a GPU of its own).'
         )
-    return client
 
 
 def _canonical(model: str) -> str:

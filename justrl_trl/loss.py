@@ -76,7 +76,7 @@ def denominator(
 ) -> torch.Tensor | float:
     """What `normalize` divides a micro-batch's sum of token losses by; arguments as there."""
     if mode == "token_mean":
-        return tokens_in_step
+        return max(tokens_in_step, 1)  # every response may have been masked
     if mode == "reference":
         # token mean x share of the sequences; the guard is the reference's
         return (tokens_in_micro_batch + 1e-8) * (sequences_in_step / sequences_in_micro_batch)

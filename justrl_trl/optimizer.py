@@ -57,6 +57,5 @@ class SkipCounter:
 
 
 def is_finite(norm: torch.Tensor | float) -> bool:
-    """Whether a gradient norm allows an update. DeepSpeed says -1 for one that is not finite."""
-    value = float(norm)
-    return math.isfinite(value) and value >= 0
+    """Whether a gradient norm allows an update."""
+    return math.isfinite(float(norm))

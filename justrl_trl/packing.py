@@ -40,6 +40,7 @@ class PackedRow:
             sequence into the next (each begins with at least one prompt token).
         scored: `(N,)` places in the row whose next token is a response token: where log-probabilities are read. Made here, on
             the host, because selecting by mask would wait for the GPU.
+        boundaries: `(sequences + 1,)` int32, where each sequence begins, and T.
         lengths: tokens of each sequence, in order; they sum to T.
     """
 
@@ -47,6 +48,7 @@ class PackedRow:
     position_ids: torch.Tensor
     labels: torch.Tensor
     scored: torch.Tensor
+    boundaries: torch.Tensor
     lengths: list[int]
 
     @property
@@ -62,8 +64,10 @@ def pack(sequences: list[Sequence], device: torch.device) -> PackedRow:
     prompt = torch.cat([torch.arange(len(s)) < s.prompt_length for s in sequences])
     labels = input_ids.masked_fill(prompt, -100)
     scored = (~prompt[1:]).nonzero()[:, 0]
-    tensors = (input_ids[None], position_ids[None], labels[None], scored)
-    return PackedRow(*(t.to(device) for t in tensors), lengths=[len(s) for s in sequences])
+    lengths = [len(s) for s in sequences]
+    boundaries = torch.tensor([0, *lengths]).cumsum(0).int()
+    tensors = (input_ids[None], position_ids[None], labels[None], scored, boundaries)
+    return PackedRow(*(t.to(device) for t in tensors), lengths=lengths)
 
 
 def unpad(batch: dict[str, torch.Tensor]) -> list[Sequence]:

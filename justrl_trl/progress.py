@@ -23,7 +23,9 @@ def plan_lines(
     responses, prompts = training.generation_batch_size, training.prompts_per_rollout_step
     per_rollout = training.optimizer_steps_per_rollout_step
     most = prompts * training.num_generations * training.max_completion_length
-    server = training.vllm_server_base_url or "one managed vLLM server on this machine"
+    count = training.managed_servers
+    managed = f"{count} managed vLLM server{'s' if count > 1 else ''} on this machine"
+    server = ", ".join(training.rollout_servers or [managed])
     ranks = f"{training.world_size} rank{'s' if training.world_size > 1 else ''}"
     sharding = f"DeepSpeed ZeRO-{zero_stage}" if zero_stage else "no sharding"
     save = f"every {training.save_rollout_steps} rollout steps" if training.save_rollout_steps else "at the end"

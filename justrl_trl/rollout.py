@@ -1,15 +1,12 @@
 """The client side of one vLLM server: ask for rollouts, score fixed tokens, and drive a weight update.
 
 One request per prompt, so that a response comes back when it is done and not when the slowest of 2,048 is, and a deadline on
-every call, so that no server can hang the trainer. Token ids both ways: what the server sampled is what is trained on, with
-no second tokenisation in between.
+every call, so that no server can hang the trainer; `pool` decides who is asked. Token ids both ways: what the server sampled
+is what is trained on, with no second tokenisation in between.
 """
 
 import contextlib
 import os
-import queue
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import requests
@@ -41,6 +38,10 @@ class Sampling:
     seed: int
 
 
+class RequestRefused(ServerError):
+    """The request itself is at fault: no server will take it."""
+
+
 class RolloutClient:
     """HTTP client of one server; used on rank 0 only.
 
@@ -49,7 +50,6 @@ class RolloutClient:
         key: key of the server; default: environment variable `JUSTRL_SERVER_KEY`.
         connect_seconds: deadline for a connection.
         request_seconds: deadline for the answer to one request: a whole response of `max_completion_length` tokens.
-        concurrency: prompts in flight at the same time.
 
     Raises:
         ServerError: from every method, when the server is gone, answers an error, or answers nonsense.
@@ -62,67 +62,18 @@ class RolloutClient:
         *,
         connect_seconds: float = 10.0,
         request_seconds: float = 3600.0,
-        concurrency: int = 256,
     ):
         self.url = url.rstrip("/")
         self._deadlines = (connect_seconds, request_seconds)
-        self._concurrency = concurrency
         self.key = key or os.environ.get(KEY_VARIABLE, "")
         self._model: str | None = None
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
-    def generate(
-        self,
-        prompts: list[list[int]],
-        sampling: Sampling,
-        on_done: Callable[[int], None] = lambda tokens: None,
-    ) -> list[list[int]]:
-        """Sample `n` responses for each prompt.
-
-        Args:
-            prompts: token ids of each prompt.
-            sampling: see `Sampling`.
-            on_done: called once per finished prompt with the number of tokens it brought.
-
-        Returns:
-            `len(prompts) * n` lists of response token ids, the n of a prompt side by side, in the order of `prompts`.
-        """
-        responses: list[list[list[int]]] = [[] for _ in prompts]
-        if not prompts:
-            return []
-        model = self.model  # asked for once, not by every thread
-        waiting, finished = queue.SimpleQueue(), queue.SimpleQueue()
-        for index in range(len(prompts)):
-            waiting.put(index)
-
-        def work() -> None:
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    index = waiting.get_nowait()
-                    try:
-                        finished.put((index, self._sample(model, prompts[index], sampling, index)))
-                    except Exception as error:  # raised in the caller's thread below
-                        finished.put((index, error))
-
-        # Daemon threads, not an executor: Python waits for an executor's threads at exit, so that a Ctrl-C during
-        # generation would hang until the server has answered
-        for _ in range(min(self._concurrency, len(prompts))):
-            threading.Thread(target=work, daemon=True).start()
-        for _ in prompts:
-            index, answer = finished.get()
-            if isinstance(answer, Exception):
-                while not waiting.empty():  # nobody wants the rest
-                    with contextlib.suppress(queue.Empty):
-                        waiting.get_nowait()
-                raise answer
-            responses[index] = answer
-            on_done(sum(map(len, answer)))
-        return [ids for group in responses for ids in group]
-
-    def _sample(self, model: str, prompt: list[int], sampling: Sampling, index: int) -> list[list[int]]:
+    def sample(self, prompt: list[int], sampling: Sampling, index: int) -> list[list[int]]:
+        """`n` responses to one prompt, as token ids; `index` makes its seed, so that any server gives the same ones."""
         body = {
-            "model": model,
+            "model": self.model,
             "prompt": prompt,
             "n": sampling.n,
             "max_tokens": sampling.max_tokens,
@@ -172,6 +123,11 @@ class RolloutClient:
         with self._understanding("/get_world_size"):
             return int(self._call("GET", "/get_world_size")["world_size"])
 
+    def health(self, seconds: float) -> str:
+        """The version of the weights of a server that answers within `seconds`."""
+        self._call("GET", "/health", seconds=seconds)
+        return self._call("GET", "/weight_info", seconds=seconds)["weight_version"]
+
     def weight_version(self) -> str:
         """The version stamped by the last finished push; `default` for weights from disk."""
         with self._understanding("/weight_info"):
@@ -184,7 +140,14 @@ class RolloutClient:
         self._call("POST", "/init_weight_transfer_engine", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        self._call("POST", "/start_weight_update", {})
+        """Open an update; one that a dead trainer left open is closed first."""
+        try:
+            self._call("POST", "/start_weight_update", {})
+        except ServerError as error:
+            if "already active" not in str(error):
+                raise
+            self.abort_weight_update()
+            self._call("POST", "/start_weight_update", {})
 
     def update_weights(self, update_info: dict) -> None:
         """Let the workers receive; returns when they have everything."""
@@ -195,7 +158,14 @@ class RolloutClient:
         self._call("POST", "/finish_weight_update", {"weight_version": weight_version})
         self._call("POST", "/reset_prefix_cache")
 
-    def _call(self, method: str, path: str, body: dict | None = None) -> dict:
+    def abort_weight_update(self) -> None:
+        """Close an update that a broken push or a dead trainer left open: vLLM does so when a worker refuses one."""
+        with contextlib.suppress(ServerError):
+            self._call("POST", "/update_weights", {"update_info": {"generation": -1}})
+
+    def _call(self, method: str, path: str, body: dict | None = None, seconds: float | None = None) -> dict:
+        """One request. `seconds` replaces the deadline of an answer, which is that of a whole response."""
+        deadlines = self._deadlines if seconds is None else (min(seconds, self._deadlines[0]), seconds)
         where = f"{self.url}{path.split('?')[0]}"
         try:
             # A connection each: uvicorn drops idle ones after 5 s and those of a failed request at once, and a request sent
@@ -203,10 +173,10 @@ class RolloutClient:
             with requests.Session() as session:
                 session.trust_env = False  # no proxy between trainer and server
                 session.headers["Authorization"] = f"Bearer {self.key}"
-                answer = session.request(method, self.url + path, json=body, timeout=self._deadlines)
+                answer = session.request(method, self.url + path, json=body, timeout=deadlines)
         except requests.Timeout as error:
             raise ServerError(
-                f"{where} did not answer within {self._deadlines[1]:.0f} s. The server hangs or is overloaded: see its log."
+                f"{where} did not answer within {deadlines[1]:.0f} s. The server hangs or is overloaded: see its log."
             ) from error
         except requests.RequestException as error:
             raise ServerError(
@@ -214,7 +184,8 @@ class RolloutClient:
                 "its log (for a managed server: vllm_server.log in the run folder)."
             ) from error
         if answer.status_code != 200:
-            raise ServerError(f"{where} answered {answer.status_code}: {_reason(answer)}")
+            refused = answer.status_code in (400, 413, 422)  # another server would say the same
+            raise (RequestRefused if refused else ServerError)(f"{where} answered {answer.status_code}: {_reason(answer)}")
         with self._understanding(path):
             return answer.json() if answer.content else {}
 

@@ -125,12 +125,18 @@ class ManagedServer:
             )
         self.spec = spec
         self.key = os.environ.get(KEY_VARIABLE) or secrets.token_hex(32)
-        port = _claim_port(spec.host, spec.port)
-        self.url = f"http://[{spec.host}]:{port}" if ":" in spec.host else f"http://{spec.host}:{port}"
+        self._port = _claim_port(spec.host, spec.port)
+        self.url = f"http://[{spec.host}]:{self._port}" if ":" in spec.host else f"http://{spec.host}:{self._port}"
         spec.log_path.parent.mkdir(parents=True, exist_ok=True)
-        guard = [sys.executable, "-m", "justrl_trl.server_guard", str(os.getpid()), "--", *spec.command(port)]
-        with spec.log_path.open("wb") as log:
-            self._guard = subprocess.Popen(
+        spec.log_path.write_bytes(b"")
+        self._guard = self._start()
+        self._started = time.monotonic()
+
+    def _start(self) -> subprocess.Popen:
+        spec = self.spec
+        guard = [sys.executable, "-m", "justrl_trl.server_guard", str(os.getpid()), "--", *spec.command(self._port)]
+        with spec.log_path.open("ab") as log:
+            return subprocess.Popen(
                 guard,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -138,7 +144,15 @@ class ManagedServer:
                 env=spec.environment(self.key),
                 start_new_session=True,  # Ctrl-C in the terminal is for the trainer; the guard follows it
             )
-        self._started = time.monotonic()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is gone."""
+        return self._guard.poll() is not None
+
+    def restart(self) -> None:
+        """Start it again, same address, same key, weights from disk; the log goes on."""
+        self._guard, self._started = self._start(), time.monotonic()
 
     @property
     def pid(self) -> int:
@@ -211,16 +225,25 @@ def _visible_device(gpu: int) -> str:
     return visible.split(",")[gpu].strip() if visible else str(gpu)
 
 
-def pick_hardware(local_world_size: int, gpu_count: int) -> dict:
-    """Which device the managed server takes beside `local_world_size` training ranks, and how weights get there.
+def pick_hardware(local_world_size: int, gpu_count: int, index: int = 0, count: int = 1) -> dict:
+    """Which device managed server `index` of `count` takes beside `local_world_size` training ranks, and how weights get there.
 
-    Without a GPU: the last core this process may use, gloo. With a spare GPU: that one, vLLM's NCCL engine. With every GPU
-    taken by a rank: the last one is shared, gloo (NCCL refuses two processes of a group on one GPU).
+    Without a GPU: a core each, from the last one this process may use, gloo. With spare GPUs: one each, vLLM's NCCL engine.
+    With every GPU taken by a rank: one server shares the last one, gloo (NCCL refuses two processes of a group on one GPU).
+
+    Raises:
+        ServerError: if there are too few GPUs for `count` servers.
     """
     if gpu_count == 0:
-        return {"gpu": None, "core": max(os.sched_getaffinity(0)), "weight_backend": GLOO_BACKEND}
-    if gpu_count > local_world_size:
-        return {"gpu": local_world_size, "core": 0, "weight_backend": "nccl"}
+        cores = sorted(os.sched_getaffinity(0), reverse=True)
+        return {"gpu": None, "core": cores[index % len(cores)], "weight_backend": GLOO_BACKEND}
+    if gpu_count >= local_world_size + count:
+        return {"gpu": local_world_size + index, "core": 0, "weight_backend": "nccl"}
+    if count > 1:
+        raise ServerError(
+            f"managed_servers={count} need a GPU each, but {gpu_count} GPUs and {local_world_size} training ranks leave "
+            f"{max(0, gpu_count - local_world_size)}. Use fewer servers or fewer ranks (--num_processes)."
+        )
     return {"gpu": gpu_count - 1, "core": 0, "weight_backend": GLOO_BACKEND}
 
 

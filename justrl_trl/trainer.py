@@ -14,8 +14,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
@@ -26,16 +28,17 @@ from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 from justrl_trl.advantage import group_advantages
 from justrl_trl.attention import packed_arguments, use_packed_attention
 from justrl_trl.callbacks import SyncAfterRolloutStep
-from justrl_trl.collectives import broadcast_ragged, gather_ragged, raise_together
+from justrl_trl.collectives import StoppedByRankZero, broadcast_ragged, gather_ragged, raise_together
 from justrl_trl.config import JustRLConfig
-from justrl_trl.fused_loss import add_liger_loss, check_liger_support
+from justrl_trl.fused_loss import add_liger_loss, check_dense, check_liger_support
 from justrl_trl.loss import denominator, normalize, policy_loss
 from justrl_trl.metrics import STEP_SUMS, reduce_once, scoring_sums, step_sums
 from justrl_trl.micro_batches import MicroBatch, OptimizerStep, reference_order, share_out
 from justrl_trl.optimizer import SkipCounter, is_finite, warmup_schedule
 from justrl_trl.packing import PackedRow, Sequence, pack, unpad
+from justrl_trl.pool import AllServersDown, RolloutPool, Rollouts, WeightsNeeded
 from justrl_trl.rewards import dapo_reward
-from justrl_trl.rollout import RolloutClient, Sampling
+from justrl_trl.rollout import Sampling
 from justrl_trl.server import ServerError
 from justrl_trl.weight_sync import WeightSync
 
@@ -49,7 +52,7 @@ class JustRLTrainer(GRPOTrainer):
         model: Hub id, local folder or model instance (fp32; bf16 is a matter of autocast and DeepSpeed).
         args: `JustRLConfig`.
         train_dataset: columns `prompt` (conversation) and whatever `reward_funcs` read, `solution` for the default.
-        client: rank 0's `RolloutClient` of a healthy server; None on the other ranks.
+        pool: rank 0's `RolloutPool`; None on the other ranks.
         heldout_dataset: same columns; sampled before and after training, never trained on.
         reward_funcs, processing_class, callbacks, peft_config: as in TRL.
     """
@@ -62,7 +65,7 @@ class JustRLTrainer(GRPOTrainer):
         model,
         args: JustRLConfig,
         train_dataset: Dataset,
-        client: RolloutClient | None,
+        pool: RolloutPool | None,
         *,
         heldout_dataset: Dataset | None = None,
         reward_funcs: Callable | list[Callable] = dapo_reward,
@@ -84,15 +87,17 @@ class JustRLTrainer(GRPOTrainer):
             )
         finally:
             args.use_vllm = True
-        self.client = client
+        self.pool = pool
         self.heldout_dataset = heldout_dataset
         self.weight_sync: WeightSync | None = None  # set up with the first push, when the model is sharded
         self.stage_seconds: dict[str, float] = defaultdict(float)
         self._probe: list[Sequence] = []  # fixed sequences that every push is checked on
         self._rollout_started = time.perf_counter()
+        self._busy_before = 0.0  # seconds that servers had worked when the rollout step began
         self._rewards = None  # (B,) of the current rollout step, all ranks
         self._base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         use_packed_attention(self._base_model)
+        check_dense(self._base_model)
         if args.loss_backend == "liger":
             check_liger_support(self._base_model, args.cast_lm_head_to_fp32)
             add_liger_loss(self._base_model, *self._clip, temperature=self.temperature)
@@ -114,15 +119,13 @@ class JustRLTrainer(GRPOTrainer):
                 raise ValueError("The dataset has images; the JustRL recipe is text only.")
             self._require_current_weights()
             all_prompts = gather_ragged([torch.tensor(ids) for ids in prompt_ids], self.accelerator)
-            rows, error = None, None
+            rollouts = None
             if self.accelerator.is_main_process:
-                try:
-                    sampling = self._sampling(num_generations, self.max_completion_length)
-                    rows = self._ask_server([ids.tolist() for ids in all_prompts[::num_generations]], sampling)
-                except ServerError as caught:
-                    error = caught
-            raise_together(error, self.accelerator)
-            rows = broadcast_ragged(rows, len(all_prompts), self.accelerator)
+                prompts = [ids.tolist() for ids in all_prompts[::num_generations]]
+                rollouts = Rollouts(self.pool, prompts, self._sampling(num_generations, self.max_completion_length))
+            while not self._run_rollouts(rollouts):
+                self.push_weights()  # only restarted servers are left: all ranks bring them up to date, then it goes on
+            rows = broadcast_ragged(rollouts and rollouts.responses(), len(all_prompts), self.accelerator)
             start = self.accelerator.process_index * len(prompt_ids)
             return [row.tolist() for row in rows[start : start + len(prompt_ids)]], None
 
@@ -140,18 +143,50 @@ class JustRLTrainer(GRPOTrainer):
             seed=self.args.seed + (self.rollout_step << 16) + seed_offset,
         )
 
-    def _ask_server(self, prompts: list[list[int]], sampling: Sampling) -> list[list[int]]:
-        """Sample with a progress bar (in a terminal)."""
-        with tqdm(total=len(prompts), desc="generation", unit="prompt", leave=False, disable=None) as bar:
+    def _run_rollouts(self, rollouts: Rollouts | None) -> bool:
+        """Collect what is left of a generation; whether it is complete (False: the servers need weights first).
+
+        Raises:
+            ServerError: when no server comes back. The weights are saved first, so nothing is lost but this generation.
+        """
+        error, complete = None, False
+        if self.accelerator.is_main_process:
+            try:
+                with self._progress_bar(rollouts.left) as on_done:
+                    rollouts.run(on_done)
+                complete = True
+            except WeightsNeeded:
+                pass
+            except ServerError as caught:
+                error = caught
+        complete, gone = broadcast_object_list([complete, isinstance(error, AllServersDown)])
+        if gone:
+            self.save_before_giving_up()
+        raise_together(error, self.accelerator)
+        return complete
+
+    @contextmanager
+    def _progress_bar(self, prompts: int):
+        """In a terminal: prompts done, tokens per second, and how many still run. Yields `on_done(tokens, left)`."""
+        with tqdm(total=prompts, desc="generation", unit="prompt", leave=False, disable=None) as bar:
             tokens = 0
 
-            def on_done(count: int) -> None:
+            def on_done(count: int, left: int) -> None:
                 nonlocal tokens
                 tokens += count
-                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-3):,.0f} tok/s", refresh=False)
+                rate = tokens / max(bar.format_dict["elapsed"], 1e-3)
+                bar.set_postfix_str(f"{rate:,.0f} tok/s, {left} left, {len(self.pool.live())} servers", refresh=False)
                 bar.update()
 
-            return self.client.generate(prompts, sampling, on_done)
+            yield on_done
+
+    def save_before_giving_up(self) -> None:
+        """A checkpoint at the last finished rollout step, unless there is one; on all ranks."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if broadcast_object_list([self.state.global_step > 0 and not folder.exists()])[0]:  # rank 0 has the say
+            self._save_checkpoint(self.model, trial=None)
+            if self.accelerator.is_main_process:
+                self.pool.say(f"saved {folder}; --resume_from_checkpoint True goes on from it")
 
     # -- score --------------------------------------------------------------------------------------------------------
 
@@ -177,7 +212,8 @@ class JustRLTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         """TRL's rewards; the weighted sum of all ranks is kept for the advantages."""
         per_function = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-        self._rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(dim=1)
+        rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(dim=1)
+        self._rewards = rewards.masked_fill(per_function.isnan().all(dim=1), torch.nan)  # no function knew a reward
         return per_function
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
@@ -203,6 +239,7 @@ class JustRLTrainer(GRPOTrainer):
                 budget = self.args.max_tokens_per_micro_batch
                 self._buffered_inputs = share_out([unpad(one) for one in batches], self.accelerator, budget)
                 self._scoring_sums = self._score_all(self._buffered_inputs)
+                self._measure_gap(self._buffered_inputs)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     @torch.no_grad()
@@ -221,6 +258,36 @@ class JustRLTrainer(GRPOTrainer):
         rows = sorted(lengths)
         order = reference_order([lengths[row] for row in rows], self.args.max_tokens_per_micro_batch)
         return scoring_sums([entropies[row] for row in rows], order)
+
+    def _measure_gap(self, steps: list[OptimizerStep]) -> None:
+        """How far the server's probabilities are from the trainer's, on a few responses of this rollout step: samples of a
+        policy that is not the trainer's train it wrongly, however well the reward looks.
+
+        Raises:
+            ServerError: if it is beyond `gap_limit`.
+        """
+        if self.weight_sync is None or not self.args.gap_responses:
+            return
+        sampled: list[tuple[Sequence, torch.Tensor]] = []
+        for batch in (batch for step in steps for batch in step.micro_batches):
+            ids, logps = batch.row.input_ids[0].cpu().split(batch.row.lengths), batch.old_logps.split(batch.response_lengths)
+            sampled += [(Sequence(i, len(i) - len(lp)), lp) for i, lp in zip(ids, logps, strict=True) if len(lp)]
+            if len(sampled) >= self.args.gap_responses:
+                break
+        sampled = sampled[: self.args.gap_responses]
+        logps = torch.cat([logps for _, logps in sampled] or [torch.zeros(0)])
+        gap = self.weight_sync.gap([sequence for sequence, _ in sampled], logps)
+        largest, mean, k3 = gap.tolist()
+        for name, value in (("gap_max", largest), ("gap_mean", mean), ("kl", k3)):
+            self._metrics["train"][f"rollout/logprob_{name}"].append(value)
+        told = f"trainer and server differ by {mean:.3f} in log-probability, on average over {len(sampled)} responses"
+        if not mean <= self.args.gap_limit:
+            raise ServerError(
+                f"In this rollout step {told} > gap_limit={self.args.gap_limit}: what was sampled is not this policy's. Check "
+                "that both run the pinned versions, and the sampling options of the server."
+            )
+        if mean > self.args.gap_warning and self.accelerator.is_main_process:
+            self.pool.say(f"warning: {told} > gap_warning={self.args.gap_warning}")
 
     # -- train --------------------------------------------------------------------------------------------------------
 
@@ -269,12 +336,14 @@ class JustRLTrainer(GRPOTrainer):
             mask = torch.ones_like(logps)  # a packed row has response tokens only, and TRL has emptied masked responses
             per_token = policy_loss(logps, batch.old_logps, batch.advantages, mask, *self._clip)
             return normalize(per_token, mask, mode, **sizes), logps
+        weight = float(denominator(mode, tokens_in_micro_batch=batch.tokens, **sizes))
         liger = {
             "positions": batch.row.scored,
             "targets": batch.row.targets,
             "old_per_token_logps": batch.old_logps,
             "advantages": batch.advantages,
-            "denominator": denominator(mode, tokens_in_micro_batch=batch.tokens, **sizes),
+            # made on the device: Liger would copy a number there, and wait
+            "denominator": torch.full((), weight, device=self.accelerator.device),
         }
         with self.accelerator.autocast():
             outputs = model(**self._row_arguments(batch.row), liger=liger)
@@ -287,8 +356,7 @@ class JustRLTrainer(GRPOTrainer):
         return outputs.log_probs[0, row.scored], outputs.entropy[0, row.scored]
 
     def _row_arguments(self, row: PackedRow) -> dict:
-        extra = packed_arguments(self._base_model, row.lengths, row.input_ids.device)
-        return {"input_ids": row.input_ids, "position_ids": row.position_ids, **extra}
+        return {"input_ids": row.input_ids, "position_ids": row.position_ids, **packed_arguments(self._base_model, row)}
 
     @contextmanager
     def _accumulating(self, model, last: bool):
@@ -332,14 +400,18 @@ class JustRLTrainer(GRPOTrainer):
                 self.weight_sync = WeightSync(
                     self.accelerator,
                     self.accelerator.unwrap_model(self.model_wrapped),
-                    self.client,
+                    self.pool,
                     address=self.args.weight_sync_address,
                     port=self.args.vllm_group_port,
                     timeout_seconds=self.args.weight_sync_timeout,
                 )
-            self.weight_sync.push(str(self.state.global_step))
+            try:
+                self.weight_sync.push(str(self.state.global_step))
+            except (ServerError, StoppedByRankZero):
+                self.save_before_giving_up()
+                raise
             self._probe = self._probe or self._make_probe()
-            largest, mean = self.weight_sync.gap(self._probe, self._score(self._probe))
+            largest, mean, _ = self.weight_sync.gap(self._probe, self._score(self._probe)).tolist()
         self._metrics["train"]["sync/logprob_gap_max"].append(largest)
         self._metrics["train"]["sync/logprob_gap_mean"].append(mean)
         if not mean <= self.args.sync_logprob_gap_limit:
@@ -358,7 +430,7 @@ class JustRLTrainer(GRPOTrainer):
         rows, error = None, None
         if self.accelerator.is_main_process:
             try:
-                rows = self.client.generate(prompts, self._sampling(n=1, max_tokens=limit))
+                rows = self.pool.generate(prompts, self._sampling(n=1, max_tokens=limit))
             except ServerError as caught:
                 error = caught
         raise_together(error, self.accelerator)
@@ -406,7 +478,16 @@ class JustRLTrainer(GRPOTrainer):
         for name in ("generation", "scoring", "training", "sync"):
             metrics[f"seconds/{name}"].append(self.stage_seconds[name])
         metrics["seconds/total"].append(total)
+        # TRL's log averages what is in a list: totals and peaks are made here
+        metrics["tokens/trained"] = [sum(metrics["tokens/trained"])]
+        metrics["memory/peak_gib"] = [max(metrics["memory/peak_gib"])]
         metrics["skipped_optimizer_steps"].append(self._skipped.take())
+        metrics["idle/trainer"].append((self.stage_seconds["generation"] + self.stage_seconds["sync"]) / total)
+        if self.pool is not None:
+            busy = sum(member.busy_seconds for member in self.pool.members)
+            metrics["idle/servers"].append(1 - (busy - self._busy_before) / (total * len(self.pool.members)))
+            metrics["servers/live"].append(len(self.pool.live()))
+            self._busy_before = busy
         metrics["tokens/generated"].append(generated)
         metrics["tokens_per_second/generation"].append(generated / max(self.stage_seconds["generation"], 1e-9))
         metrics["tokens_per_second/training"].append(sum(metrics["tokens/trained"]) / max(self.stage_seconds["training"], 1e-9))
@@ -433,7 +514,9 @@ class JustRLTrainer(GRPOTrainer):
         n = self.args.heldout_generations
         rows = [row for row in self.heldout_dataset for _ in range(n)]
         prompt_ids = self._tokenize_prompts(list(self.heldout_dataset["prompt"]))[0]
-        responses = self._ask_server(prompt_ids, self._sampling(n, self.max_completion_length, seed_offset=1 << 15))
+        sampling = self._sampling(n, self.max_completion_length, seed_offset=1 << 15)
+        with self._progress_bar(len(prompt_ids)) as on_done:
+            responses = self.pool.generate(prompt_ids, sampling, on_done)
         texts = self.processing_class.batch_decode(responses, skip_special_tokens=True)
         columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
         completions = [[{"role": "assistant", "content": text}] for text in texts]

@@ -18,15 +18,16 @@ from trl import get_peft_config
 
 from justrl_trl.attention import describe_attention
 from justrl_trl.launch import (
+    check_machine,
     connect,
     load_data,
     one_paragraph_errors,
     parse,
     quiet_libraries,
     resolve_model,
-    start_server,
+    start_servers,
 )
-from justrl_trl.progress import RolloutStepPrinter, Waiting, plan_lines, say, table_lines
+from justrl_trl.progress import RolloutStepPrinter, plan_lines, say, table_lines
 from justrl_trl.run_folder import RecordRun, RunFolder, write_summary
 from justrl_trl.trainer import JustRLTrainer
 
@@ -37,6 +38,7 @@ def main() -> None:
 
     # what to do
     run, training, model = parse(default_recipe=Path(__file__).with_name("tiny.yaml"))
+    check_machine(training, model)
     model_path = resolve_model(model, training)
     tokenizer = AutoTokenizer.from_pretrained(model_path, revision=model.model_revision, padding_side="left")
     data = load_data(run, training, tokenizer)
@@ -58,32 +60,28 @@ def main() -> None:
     if run.dry_run:
         return
 
-    # who does it: one server, then the trainer; both load at the same time
-    server, client = None, None
-    url, key = training.vllm_server_base_url, None
+    # who does it: servers, then the trainer; both load at the same time
+    pool, servers = None, []
     if training.distributed_state.is_main_process:
         moved = folder.prepare(resume=bool(training.resume_from_checkpoint))
         say([f"an earlier run was moved to {moved}"] if moved else [])
         folder.write_config(run, training, model)
-        if url is None:
-            server = start_server(model_path, training, model.model_revision, folder.server_log)
-            url, key = server.url, server.key
+        if not training.rollout_servers:
+            servers = start_servers(model_path, training, model.model_revision, folder.server_log)
     training.model_init_kwargs = {
         "dtype": model.dtype,
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "use_safetensors": True,
     }
-    if server is not None:
-        server.wait(training.vllm_server_timeout, Waiting(f"starting the vLLM server at {url}"))
     if training.distributed_state.is_main_process:
-        client = connect(url, key, model_path, training)
+        pool = connect(model_path, training, servers)
     recorder = RecordRun(folder, on_row=RolloutStepPrinter(training.num_rollout_steps))
     trainer = JustRLTrainer(
         model=model_path,
         args=training,
         train_dataset=data.train,
-        client=client,
+        pool=pool,
         heldout_dataset=data.heldout,
         processing_class=tokenizer,
         callbacks=[recorder],
@@ -103,8 +101,7 @@ def main() -> None:
         summary = write_summary(folder, seconds=seconds, world_size=training.world_size, zero_stage=zero_stage)
         last = get_last_checkpoint(folder.path)
         say(table_lines(summary, folder, Path(last) if last else None))
-    if server is not None:
-        server.stop()
+        pool.close()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate.state import AcceleratorState
 from datasets import Dataset
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from peft import LoraConfig
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
@@ -98,7 +99,7 @@ class SameResponses:
         return rows, None
 
     def keep_records(self) -> None:
-        self.seen = {"gradients": [], "losses": [], "weights": [], "lr": [], "metrics": [], "collectives": []}
+        self.seen = {"gradients": [], "losses": [], "weights": [], "lr": [], "metrics": [], "collectives": [], "sharded": True}
         self.add_callback(_KeepRecords(self))
 
     def gradient(self) -> torch.Tensor:
@@ -138,7 +139,13 @@ class _KeepRecords(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
 
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.seen["weights_before"] = self.trainer.weights()
+
     def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
+        if self.trainer.is_deepspeed_enabled:
+            whole = [p for p in self.trainer.model.parameters() if p.ds_status is ZeroParamStatus.AVAILABLE]
+            self.trainer.seen["sharded"] &= not whole
         self.trainer.seen["lr"].append(lr_scheduler.get_last_lr()[0])
         self.trainer.seen["weights"].append(self.trainer.weights())
 
@@ -214,6 +221,7 @@ class Case:
             "seed": 1,
             "report_to": "none",
             "disable_tqdm": True,
+            "tf32": False if torch.cuda.is_available() else None,
         }
         if self.trainer == "ours":
             ours = {
@@ -227,7 +235,7 @@ class Case:
                 "advantage_epsilon": 1e-4,  # TRL's
                 "loss_normalization": "token_mean",
             }
-            return JustRLConfig(**common | ours | self.changes)
+            return _partitioned(JustRLConfig(**common | ours | self.changes))
         micro_batches = self.optimizer_steps * self.accumulation
         stock = {
             "per_device_train_batch_size": self.responses // micro_batches // ranks,
@@ -242,7 +250,14 @@ class Case:
             "ddp_backend": "gloo" if ranks > 1 and not torch.cuda.is_available() else None,
             "use_cpu": ranks > 1 and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",
         }
-        return GRPOConfig(**common | stock | self.changes)
+        return _partitioned(GRPOConfig(**common | stock | self.changes))
+
+
+def _partitioned(args):
+    """Under ZeRO-3, parameters below 100,000 elements are kept whole on every rank: here all are, so none shall be."""
+    if args.deepspeed_plugin is not None:
+        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    return args
 
 
 def build(case: Case, folder: str):
@@ -256,7 +271,7 @@ def build(case: Case, folder: str):
         reward_funcs=reward,
         processing_class=tokenizer,
         peft_config=LoraConfig(target_modules=["q_proj", "v_proj", "up_proj"], r=4) if case.lora else None,
-        **({"client": None} if case.trainer == "ours" else {}),
+        **({"pool": None} if case.trainer == "ours" else {}),
     )
     if case.lora:  # B starts at zero, and with it the gradient of A
         torch.manual_seed(3)

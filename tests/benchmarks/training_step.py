@@ -1,4 +1,4 @@
-"""The training part of a rollout step (scoring, forward, backward, update): this package against stock TRL.
+"""The training part of a rollout step (scoring, forward, backward): this package against stock TRL.
 
     python tests/benchmarks/training_step.py                     # two cores are enough, about seven minutes
     accelerate launch --config_file accelerate_configs/zero3_1gpu.yaml \\
@@ -10,6 +10,7 @@ one JSON object.
 """
 
 import argparse
+import gc
 import json
 import os
 import random
@@ -117,6 +118,10 @@ def throughput(preset: dict, repetitions: int, peak_tflops: float) -> dict:
     padding, gpu = {}, {}
     for repetition in range(repetitions + 1):
         for name, case in cases.items():
+            measured = None  # the trainer before goes first, and its memory with it
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
             measured = Measured(case).run()
             padding[name] = 1 - measured.real / measured.computed
             gpu[name] = measured.gpu_gib
@@ -161,7 +166,9 @@ def collectives() -> dict:
         out = Path(folder) / "seen.pt"
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         program = [str(ROOT / "tests" / "side_by_side.py"), str(out), json.dumps(cases)]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        # two processes on the CPU under DDP, whatever this one was launched with
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC_", "MASTER_"))}
+        env = {**env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         done = subprocess.run([*launcher, *program], env=env, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr[-4000:])
@@ -206,6 +213,9 @@ def one_kernel(kernel: str) -> None:
     mask, clip = torch.ones(tokens, device=device), {"epsilon_low": 0.2, "epsilon_high": 0.28, "delta": 10.0}
     process, peak, running = psutil.Process(), 0, True
     base = process.memory_info().rss
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        on_gpu = torch.cuda.memory_allocated()
 
     def watch() -> None:
         nonlocal peak
@@ -234,7 +244,7 @@ def one_kernel(kernel: str) -> None:
     running = False
     watcher.join()
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated()
+        peak = torch.cuda.max_memory_allocated() - on_gpu
     print(json.dumps([peak / 2**20, seconds]))
 
 

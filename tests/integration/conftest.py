@@ -17,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
+from justrl_trl.pool import RolloutPool
 from justrl_trl.rollout import RolloutClient
 from justrl_trl.server import ManagedServer, ServerSpec
 from justrl_trl.tiny import tiny_base
@@ -115,12 +116,12 @@ def tied_model(base, tmp_path_factory) -> Path:
     return path
 
 
-def start(model: Path, log: Path, core: int) -> ManagedServer:
+def start(model: Path, log: Path, core: int, dtype: str = "bfloat16") -> ManagedServer:
     cores = sorted(os.sched_getaffinity(0))
     return ManagedServer(
         ServerSpec(
             model=str(model),
-            dtype="bfloat16",
+            dtype=dtype,
             max_model_len=512,
             host="127.0.0.1",
             port=0,
@@ -136,9 +137,17 @@ def start(model: Path, log: Path, core: int) -> ManagedServer:
     )
 
 
+def pool_of(servers: list[ManagedServer], **options) -> RolloutPool:
+    """A pool of healthy servers as they are, on the weights they have; they are not restarted."""
+    clients = [RolloutClient(server.url, server.key, request_seconds=120) for server in servers]
+    pool = RolloutPool(clients, **{"heartbeat_seconds": 1.0, "heartbeat_timeout": 20.0, "wait_seconds": 30.0} | options)
+    pool.current(pool.members, clients[0].weight_version())
+    return pool
+
+
 @pytest.fixture(scope="session")
 def servers(base, tied_model, tmp_path_factory):
-    """`{"untied": client, "tied": client}` of two real servers, up for the whole session."""
+    """`{"untied": pool, "tied": pool}` of a real server each, up for the whole session."""
     logs = tmp_path_factory.mktemp("servers")
     running = {
         "untied": start(base, logs / "untied.log", core=0),
@@ -147,7 +156,7 @@ def servers(base, tied_model, tmp_path_factory):
     try:
         for server in running.values():
             server.wait(600)
-        yield {name: RolloutClient(server.url, server.key, request_seconds=120) for name, server in running.items()}
+        yield {name: pool_of([server]) for name, server in running.items()}
     finally:
         for server in running.values():
             server.stop()

@@ -70,7 +70,7 @@ def test_a_geometry_that_does_not_divide_is_refused(recipe):
 
 
 def test_a_server_with_another_model_is_refused(recipe, servers, monkeypatch):
-    client = servers["tied"]
+    client = servers["tied"].members[0].client
     monkeypatch.setenv("JUSTRL_SERVER_KEY", client.key)
     refused(recipe("--vllm_server_base_url", client.url), client.model, "--model")
 

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 from justrl_trl.packing import Sequence
+from justrl_trl.pool import RolloutPool
 from justrl_trl.rollout import RolloutClient, Sampling
 from justrl_trl.server import ServerError
 from justrl_trl.weight_sync import WeightSync
@@ -18,6 +19,10 @@ PROBE = [Sequence(torch.tensor(IDS), prompt_length=1)]
 def sampling(**changes) -> Sampling:
     values = dict(n=3, max_tokens=16, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, seed=5)
     return Sampling(**{**values, "stop_token_ids": (), **changes})
+
+
+def weight_sync(model: torch.nn.Module, pool: RolloutPool) -> WeightSync:
+    return WeightSync(Accelerator(cpu=True), model, pool, address="127.0.0.1", port=0, timeout_seconds=60)
 
 
 def trainer_logps(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
@@ -62,7 +67,7 @@ def test_a_stop_token_ends_a_response_and_stays_in_it(servers):
     ],
 )
 def test_every_endpoint_but_health_wants_the_key(servers, method, path):
-    url = servers["untied"].url
+    url = servers["untied"].members[0].url
     assert requests.request(method, url + path, timeout=10).status_code == 401
     assert requests.request(method, url + path, timeout=10, headers={"Authorization": "Bearer no"}).status_code == 401
     assert requests.get(url + "/health", timeout=10).status_code == 200
@@ -70,47 +75,46 @@ def test_every_endpoint_but_health_wants_the_key(servers, method, path):
 
 def test_a_wrong_key_is_explained(servers):
     with pytest.raises(ServerError, match="JUSTRL_SERVER_KEY"):
-        RolloutClient(servers["untied"].url, "wrong").weight_version()
+        RolloutClient(servers["untied"].members[0].url, "wrong").weight_version()
 
 
 @pytest.mark.parametrize("kind", ["untied", "tied"])
 def test_pushed_weights_are_the_served_weights(servers, base, tied_model, kind):
     """Stale weights differ by about 0.2 on average, bfloat16 by a few thousandths; both are measured here."""
-    client = servers[kind]
-    accelerator = Accelerator(cpu=True)
+    pool = servers[kind]
     model = AutoModelForCausalLM.from_pretrained({"untied": base, "tied": tied_model}[kind], dtype=torch.float32)
-    sync = WeightSync(accelerator, model, client, address="127.0.0.1", port=0, timeout_seconds=60)
+    sync = weight_sync(model, pool)
     for version in range(5):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.02)
         logps = trainer_logps(model, IDS)
-        _, stale = sync.gap(PROBE, logps)
+        _, stale, _ = sync.gap(PROBE, logps).tolist()
         sync.push(f"{kind}-{version}")
-        largest, fresh = sync.gap(PROBE, logps)
-        assert client.weight_version() == f"{kind}-{version}"
-        # single tokens: the probe is random text, on which bfloat16 was seen to be off by up to 0.12
-        assert fresh < 0.03 and largest < 0.3, f"{kind} {version}: {fresh} {largest}"
+        largest, fresh, _ = sync.gap(PROBE, logps).tolist()
+        assert pool.members[0].client.weight_version() == f"{kind}-{version}"
+        # random text, on which bfloat16 was seen to be off by 0.03 on average and 0.12 for a token
+        assert fresh < 0.05 and largest < 0.3, f"{kind} {version}: {fresh} {largest}"
         assert stale > 3 * fresh, f"the probe cannot tell stale ({stale}) from fresh ({fresh})"
 
 
 def test_a_new_trainer_takes_the_server_over(servers, base):
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for version in ("first trainer", "second trainer"):
-        sync = WeightSync(Accelerator(cpu=True), model, servers["untied"], address="127.0.0.1", port=0, timeout_seconds=60)
+        sync = weight_sync(model, servers["untied"])
         sync.push(version)
-        assert servers["untied"].weight_version() == version
-    assert sync.gap(PROBE, trainer_logps(model, IDS))[1] < 0.03
+        assert servers["untied"].members[0].client.weight_version() == version
+    assert sync.gap(PROBE, trainer_logps(model, IDS))[1] < 0.05
 
 
 def test_weights_of_another_shape_are_refused_and_the_server_lives_on(servers, base, tied_model):
-    client = servers["untied"]
+    pool = servers["untied"]
     good = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    WeightSync(Accelerator(cpu=True), good, client, address="127.0.0.1", port=0, timeout_seconds=60).push("good")
+    sync = weight_sync(good, pool)
+    sync.push("good")
     other = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     other.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(3, 5))
     with pytest.raises(ServerError, match=r"up_proj.weight is \(.*\) here and \(3, 5\) in the trainer"):
-        WeightSync(Accelerator(cpu=True), other, client, address="127.0.0.1", port=0, timeout_seconds=60)
-    assert client.weight_version() == "good"
-    again = WeightSync(Accelerator(cpu=True), good, client, address="127.0.0.1", port=0, timeout_seconds=60)
-    assert again.gap(PROBE, trainer_logps(good, IDS))[1] < 0.03
+        weight_sync(other, pool).push("other")
+    assert pool.members[0].client.weight_version() == "good"
+    assert sync.gap(PROBE, trainer_logps(good, IDS))[1] < 0.05

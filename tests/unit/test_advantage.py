@@ -94,3 +94,10 @@ def test_advantages_of_a_group_sum_to_zero_and_have_deviation_one():
 def test_shapes_that_cannot_be_meant_are_refused(rewards, groups):
     with pytest.raises(ValueError, match="must be 1-D and alike"):
         group_advantages(torch.zeros(rewards), torch.zeros(groups, dtype=torch.int64))
+
+
+def test_a_reward_that_nobody_knew_counts_for_nothing():
+    rewards = torch.tensor([1.0, -1.0, torch.nan, 1.0, torch.nan, torch.nan])
+    got = group_advantages(rewards, torch.tensor([0, 0, 0, 0, 1, 1]))
+    without = group_advantages(torch.tensor([1.0, -1.0, 1.0]), torch.tensor([0, 0, 0]))
+    assert torch.equal(got[[0, 1, 3]], without) and got[[2, 4, 5]].tolist() == [0.0, 0.0, 0.0]

@@ -47,8 +47,12 @@ def sequences(seed: int = 0, lengths: tuple[int, ...] = (17, 1, 30, 5, 2)) -> li
     return [Sequence(tokens, prompt_length=max(1, len(tokens) // 3)) for tokens in ids]
 
 
+def row_of(*lengths: int) -> PackedRow:
+    return pack(sequences(lengths=lengths), CPU)
+
+
 def packed_logits(model: PreTrainedModel, row: PackedRow) -> torch.Tensor:
-    extra = packed_arguments(model, row.lengths, CPU)
+    extra = packed_arguments(model, row)
     return model(input_ids=row.input_ids, position_ids=row.position_ids, use_cache=False, **extra).logits[0]
 
 
@@ -119,14 +123,14 @@ def test_sliding_window_layers_are_refused_with_the_remedy():
     model = tiny("Qwen2", use_sliding_window=True, sliding_window=8, max_window_layers=1)
     use_packed_attention(model)
     with pytest.raises(ValueError, match=r"\['full_attention', 'sliding_attention'\].*Install flash-attn"):
-        packed_arguments(model, [3, 4], CPU)
+        packed_arguments(model, row_of(3, 4))
 
 
 def test_a_sliding_window_without_layer_types_is_refused_too():
     model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8))
     use_packed_attention(model)
     with pytest.raises(ValueError, match="Install flash-attn"):
-        packed_arguments(model, [30], CPU)
+        packed_arguments(model, row_of(30))
 
 
 def with_attention(implementation: str):
@@ -146,7 +150,7 @@ def test_flash_attention_is_kept_and_told_the_boundaries(flash):
     model = with_attention(flash)
     use_packed_attention(model)
     assert model.config._attn_implementation == flash
-    got = packed_arguments(model, [3, 1, 2], CPU)
+    got = packed_arguments(model, row_of(3, 1, 2))
     for name in ("cu_seq_lens_q", "cu_seq_lens_k"):
         boundaries = got.pop(name)
         assert boundaries.tolist() == [0, 3, 4, 6] and boundaries.dtype == torch.int32

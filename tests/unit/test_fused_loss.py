@@ -5,9 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from trl.trainer.utils import add_fused_lm_head
 
-from justrl_trl.fused_loss import add_liger_loss, check_liger_support, liger_policy_loss
+from justrl_trl.attention import packed_arguments, use_packed_attention
+from justrl_trl.fused_loss import add_liger_loss, check_dense, check_liger_support, liger_policy_loss
 from justrl_trl.loss import policy_loss
+from justrl_trl.packing import Sequence, pack
 from tests.side_by_side import small_model
 
 CLIP = {"epsilon_low": 0.2, "epsilon_high": 0.28, "delta": 10.0}
@@ -140,3 +143,27 @@ def test_adapters_on_the_head_are_refused():
 def test_a_float32_head_is_refused_with_the_switch():
     with pytest.raises(ValueError, match="cast_lm_head_to_fp32=True.*--loss_backend trl"):
         check_liger_support(small_model(False, 97), cast_lm_head_to_fp32=True)
+
+
+def test_under_autocast_the_head_computes_in_the_precision_of_the_scoring_pass():
+    """Otherwise the ratio of an unchanged policy is not 1. TRL's head is what scores."""
+    model = small_model(False, 97).eval()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    add_liger_loss(model, 0.2, 0.28, 10.0, 1.0)
+    use_packed_attention(model)
+    ids = torch.randint(0, 97, (60,), generator=torch.Generator().manual_seed(0))
+    row = pack([Sequence(ids[:25], 5), Sequence(ids[25:], 9)], torch.device("cpu"))
+    arguments = {"input_ids": row.input_ids, "position_ids": row.position_ids, **packed_arguments(model, row)}
+    with torch.autocast("cpu", torch.bfloat16):
+        old = model(**arguments, labels=row.labels, fused_lm_head=True).log_probs[0, row.scored].detach()
+        liger = {"positions": row.scored, "targets": row.targets, "old_per_token_logps": old, "denominator": float(len(old))}
+        logps = model(**arguments, liger={**liger, "advantages": torch.ones_like(old)}).log_probs
+    assert (logps - old).abs().max() < 1e-4
+
+
+def test_a_mixture_of_experts_with_a_router_loss_is_refused():
+    model = small_model(False, 97)
+    check_dense(model)
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits=True.*Use a dense model"):
+        check_dense(model)

@@ -1,11 +1,10 @@
-"""Prompts and responses keep their order, requests say everything, and whatever a server does wrong ends as a `ServerError`."""
+"""Requests say everything, and whatever a server does wrong ends as a `ServerError`."""
 
-import threading
 import time
 
 import pytest
 
-from justrl_trl.rollout import RolloutClient, Sampling
+from justrl_trl.rollout import RequestRefused, RolloutClient, Sampling
 from justrl_trl.server import ServerError
 from justrl_trl.server_auth import KEY_VARIABLE
 
@@ -56,30 +55,9 @@ def expected(prompts: list[list[int]]) -> list[list[int]]:
     return [[*prompt, *[i] * (i + 1)] for prompt in prompts for i in range(3)]
 
 
-def test_responses_lie_side_by_side_in_the_order_of_prompts(serve):
-    _, client = serve()
-    prompts = [[10 + i] * (1 + i % 4) for i in range(20)]
-    assert client.generate(prompts, SAMPLING) == expected(prompts)
-
-
-def test_order_does_not_depend_on_who_finishes_first(serve):
-    done = []
-
-    def slow_first(method, path, body):
-        if path == COMPLETIONS:
-            time.sleep(0.2 * (3 - body["prompt"][0]))
-            done.append(body["prompt"][0])
-        return good(method, path, body)
-
-    _, client = serve(slow_first)
-    prompts = [[1], [2], [3]]
-    assert client.generate(prompts, SAMPLING) == expected(prompts)
-    assert done == [3, 2, 1]
-
-
 def test_a_request_states_all_of_the_sampling(serve):
     server, client = serve()
-    client.generate([[7, 8, 9]], SAMPLING)
+    client.sample([7, 8, 9], SAMPLING, 0)
     assert server.bodies(COMPLETIONS) == [
         {
             "model": "served/model",
@@ -102,21 +80,16 @@ def test_a_request_states_all_of_the_sampling(serve):
 def test_each_prompt_of_a_call_has_its_own_seed_within_31_bits(serve, base, seeds):
     server, client = serve()
     # the same prompt three times: without seeds of their own they would get the same responses
-    client.generate([[1], [1], [1]], Sampling(**{**SAMPLING.__dict__, "seed": base}))
-    assert sorted(body["seed"] for body in server.bodies(COMPLETIONS)) == sorted(seeds)
-
-
-def test_seeds_follow_the_prompts_and_not_the_threads(serve):
-    server, client = serve()
-    client.generate([[i] for i in range(30)], SAMPLING)
-    assert all(body["seed"] == 100 + body["prompt"][0] for body in server.bodies(COMPLETIONS))
+    for index in range(3):
+        client.sample([1], Sampling(**{**SAMPLING.__dict__, "seed": base}), index)
+    assert [body["seed"] for body in server.bodies(COMPLETIONS)] == seeds
 
 
 def test_every_request_carries_the_key(serve, monkeypatch):
     server, client = serve()
-    client.generate([[1]], SAMPLING)
+    client.sample([1], SAMPLING, 0)
     monkeypatch.setenv(KEY_VARIABLE, "from environment")
-    RolloutClient(server.url + "/").generate([[1]], SAMPLING)
+    RolloutClient(server.url + "/").sample([1], SAMPLING, 0)
     keys = [headers["Authorization"] for *_, headers in server.requests]
     assert keys == ["Bearer k3y"] * 2 + ["Bearer from environment"] * 2  # model name, then the prompt
 
@@ -124,38 +97,8 @@ def test_every_request_carries_the_key(serve, monkeypatch):
 def test_the_model_name_is_asked_for_once(serve):
     server, client = serve()
     for _ in range(2):
-        client.generate([[1]], SAMPLING)
+        client.sample([1], SAMPLING, 0)
     assert client.model == "served/model" and len(server.bodies("/v1/models")) == 1
-
-
-def test_no_more_prompts_are_in_flight_than_asked_for(serve):
-    lock, flight = threading.Lock(), {"now": 0, "most": 0}
-
-    def counted(method, path, body):
-        with lock:
-            flight["now"] += 1
-            flight["most"] = max(flight["most"], flight["now"])
-        time.sleep(0.02)
-        with lock:
-            flight["now"] -= 1
-        return good(method, path, body)
-
-    _, client = serve(counted, concurrency=4)
-    client.generate([[i] for i in range(24)], SAMPLING)
-    assert 2 <= flight["most"] <= 4
-
-
-def test_progress_is_told_in_tokens_per_prompt(serve):
-    _, client = serve()
-    told = []
-    client.generate([[1], [2, 2]], SAMPLING, told.append)
-    # three responses of len(prompt) + 1, + 2, + 3 tokens
-    assert sorted(told) == [3 * 1 + 6, 3 * 2 + 6]
-
-
-def test_no_prompt_is_no_request(serve):
-    server, client = serve()
-    assert client.generate([], SAMPLING) == [] and server.requests == []
 
 
 def test_a_proxy_of_the_environment_is_not_used(serve, monkeypatch):
@@ -164,7 +107,7 @@ def test_a_proxy_of_the_environment_is_not_used(serve, monkeypatch):
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
     _, client = serve()
-    assert client.generate([[1]], SAMPLING) == expected([[1]])
+    assert client.sample([1], SAMPLING, 0) == expected([[1]])
 
 
 def test_prompt_logprobs_are_those_of_the_tokens_that_were_sent(serve):
@@ -221,7 +164,7 @@ def test_a_wrong_key_says_which_two_differ(serve):
     with pytest.raises(
         ServerError, match=rf"/v1/completions answered 401: .*wrong server key.*{KEY_VARIABLE} of the trainer differ"
     ):
-        client.generate([[1]], SAMPLING)
+        client.sample([1], SAMPLING, 0)
 
 
 def test_missing_weight_routes_say_how_to_open_them(serve):
@@ -230,7 +173,7 @@ def test_missing_weight_routes_say_how_to_open_them(serve):
         client.start_weight_update()
     with pytest.raises(ServerError, match=r"/v1/completions answered 404: .*Not Found") as raised:
         client._model = "other/model"
-        client.generate([[1]], SAMPLING)
+        client.sample([1], SAMPLING, 0)
     assert "VLLM_SERVER_DEV_MODE" not in str(raised.value)  # that route is always there: it is the model that is not
 
 
@@ -245,7 +188,7 @@ def test_weight_transfer_that_is_off_says_how_to_turn_it_on(serve):
 def test_an_error_of_the_server_is_told_in_its_own_words(serve):
     _, client = serve(failing(500, {"error": "engine died: " + "x" * 5000}))
     with pytest.raises(ServerError, match=r"/v1/completions answered 500: .*engine died") as raised:
-        client.generate([[1], [2]], SAMPLING)
+        client.sample([1], SAMPLING, 0)
     assert len(str(raised.value)) < 700  # but not at any length
 
 
@@ -258,7 +201,7 @@ def test_a_hanging_server_ends_at_the_deadline(serve):
     _, client = serve(hang, request_seconds=0.3)
     started = time.monotonic()
     with pytest.raises(ServerError, match=r"/v1/completions did not answer within 0 s. The server hangs or is overloaded"):
-        client.generate([[1]], SAMPLING)
+        client.sample([1], SAMPLING, 0)
     assert time.monotonic() - started < 3
 
 
@@ -284,7 +227,7 @@ def test_a_server_that_is_gone_says_where_to_look(serve):
 def test_anything_but_n_responses_is_an_error_with_both_numbers(serve, broken):
     _, client = serve(failing(200, {"choices": broken}))
     with pytest.raises(ServerError, match=rf"answered {len(broken)} responses.*3 were asked for.*pinned vLLM"):
-        client.generate([[1]], SAMPLING)
+        client.sample([1], SAMPLING, 0)
 
 
 @pytest.mark.parametrize(
@@ -293,32 +236,40 @@ def test_anything_but_n_responses_is_an_error_with_both_numbers(serve, broken):
 def test_an_answer_of_another_form_is_a_server_error_too(serve, nonsense):
     _, client = serve(lambda *request: (200, nonsense))
     with pytest.raises(ServerError):
-        client.generate([[1]], SAMPLING)
+        client.sample([1], SAMPLING, 0)
 
 
-def test_the_first_failure_is_told_without_waiting_for_the_prompts_in_flight(serve):
-    release = threading.Event()
-
-    def one_fails(method, path, body):
-        if path == COMPLETIONS and body["prompt"] == [2]:
-            return 500, {"error": "engine died"}
-        if path == COMPLETIONS:
-            release.wait(4)
-        return good(method, path, body)
-
-    _, client = serve(one_fails)
-    started = time.monotonic()
-    try:
-        with pytest.raises(ServerError, match="engine died"):
-            client.generate([[1], [2], [3]], SAMPLING)
-        assert time.monotonic() - started < 2
-    finally:
-        release.set()
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_request_that_no_server_will_take_is_told_apart(serve, status):
+    _, client = serve(failing(status, {"error": "max_tokens is too large"}))
+    with pytest.raises(RequestRefused, match=f"answered {status}: .*max_tokens is too large"):
+        client.sample([1], SAMPLING, 0)
 
 
-def test_prompts_that_have_not_been_sent_are_dropped_after_a_failure(serve):
-    server, client = serve(failing(500, {"error": "full"}), concurrency=2)
-    with pytest.raises(ServerError):
-        client.generate([[i] for i in range(200)], SAMPLING)
-    time.sleep(0.2)
-    assert len(server.bodies(COMPLETIONS)) < 100
+def test_health_has_its_own_short_deadline(serve):
+    def answer(method, path, body):
+        if path == "/health":
+            time.sleep(1)
+        return 200, {"weight_version": "7"}
+
+    _, client = serve(answer)
+    assert client.health(5) == "7"
+    with pytest.raises(ServerError, match="/health did not answer within 0 s"):
+        client.health(0.2)
+
+
+def test_an_update_that_a_dead_trainer_left_open_is_closed_first(serve):
+    state = {"open": True}
+
+    def answer(method, path, body):
+        if path == "/start_weight_update" and state["open"]:
+            return 500, {"error": "A weight update is already active"}
+        if path == "/update_weights":
+            state["open"] = False
+            return 500, {"error": "Push of group generation -1 refused"}
+        return 200, {}
+
+    server, client = serve(answer)
+    client.start_weight_update()
+    assert [path for _, path, *_ in server.requests] == ["/start_weight_update", "/update_weights", "/start_weight_update"]
+    assert server.bodies("/update_weights") == [{"update_info": {"generation": -1}}]

@@ -1,0 +1,323 @@
+"""Any number of rollout servers, none of which can take the run down.
+
+One request per prompt goes to the least loaded server. A server that dies, hangs, answers errors or nonsense, or holds old
+weights loses only its own prompts: they are sent to another one, and it gets none until it is healthy and current again. A
+managed server is started again. What has been received is never asked for twice.
+
+All decisions are taken in the thread that calls; request threads and the probing thread only report.
+"""
+
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from justrl_trl.rollout import RequestRefused, RolloutClient, Sampling
+from justrl_trl.server import ManagedServer, ServerError
+
+LIVE, STALE, DOWN = "live", "stale", "down"
+
+
+class AllServersDown(ServerError):
+    """No server came back within the time that the run waits for one."""
+
+
+class WeightsNeeded(ServerError):
+    """The servers that are healthy hold old weights: push, then go on."""
+
+
+@dataclass
+class Member:
+    """One server of the pool.
+
+    Attributes:
+        client: its HTTP client.
+        server: its process, if this launch line started it.
+        state: `live` (healthy, current weights), `stale` (healthy, other weights) or `down`.
+        why: what was last wrong with it.
+        in_flight: prompts that it works on.
+        busy_seconds: time with at least one prompt in flight.
+        prompts, failures: answered, and lost.
+    """
+
+    client: RolloutClient
+    server: ManagedServer | None = None
+    state: str = STALE
+    why: str = ""
+    in_flight: int = 0
+    busy_seconds: float = 0.0
+    prompts: int = 0
+    failures: int = 0
+    _busy_since: float = field(default=0.0, repr=False)
+
+    @property
+    def url(self) -> str:
+        return self.client.url
+
+    def take(self) -> None:
+        if self.in_flight == 0:
+            self._busy_since = time.monotonic()
+        self.in_flight += 1
+
+    def give_back(self) -> None:
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self.busy_seconds += time.monotonic() - self._busy_since
+
+
+class RolloutPool:
+    """The servers of a run; used on rank 0 only.
+
+    Args:
+        clients: one per server.
+        servers: processes behind the clients, where managed; same order.
+        max_num_seqs: sequences that one server decodes at once; bounds what is in flight there.
+        heartbeat_seconds: how often each server is probed.
+        heartbeat_timeout: seconds without an answer to a probe after which a server counts as hung.
+        wait_seconds: how long to wait when no server is left.
+        say: called with a line whenever a server goes or comes back.
+    """
+
+    def __init__(
+        self,
+        clients: Iterable[RolloutClient],
+        servers: Iterable[ManagedServer] = (),
+        *,
+        max_num_seqs: int = 256,
+        heartbeat_seconds: float = 5.0,
+        heartbeat_timeout: float = 60.0,
+        wait_seconds: float = 600.0,
+        say: Callable[[str], None] = lambda line: print(line, flush=True),
+    ):
+        clients = list(clients)
+        servers = list(servers) or [None] * len(clients)
+        self.members = [Member(client, server) for client, server in zip(clients, servers, strict=True)]
+        self.max_num_seqs, self.wait_seconds, self.say = max_num_seqs, wait_seconds, say
+        self.version: str | None = None  # of the weights that a live server holds
+        self._updates = 0  # begun and ended; odd during a push, when what a probe sees of versions means nothing
+        self._heartbeat, self._heartbeat_timeout = heartbeat_seconds, heartbeat_timeout
+        self._lengths: dict[int, float] = {}  # response tokens seen per prompt, for the order of dispatch
+        self._closed = threading.Event()
+        for member in self.members:
+            threading.Thread(target=self._probe_forever, args=(member,), daemon=True).start()
+
+    # -- rollouts -----------------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, on_done=lambda tokens, left: None) -> list[list[int]]:
+        """`len(prompts) * n` responses, the n of a prompt side by side, in the order of `prompts`; see `Rollouts.run`."""
+        rollouts = Rollouts(self, prompts, sampling)
+        rollouts.run(on_done)
+        return rollouts.responses()
+
+    def prompt_logprobs(self, ids: list[int]) -> list[float]:
+        """Of a live server, see `RolloutClient.prompt_logprobs`; the next one is asked if it fails."""
+        while True:
+            member = next((m for m in self.members if m.state == LIVE), None)
+            if member is None:
+                raise AllServersDown(f"No live server to score tokens. {self.describe()}")
+            try:
+                return member.client.prompt_logprobs(ids)
+            except RequestRefused:
+                raise
+            except ServerError as error:
+                self.lose(member, error)
+
+    def expected_length(self, prompt: list[int]) -> float:
+        """Response tokens this prompt brought last time; unknown ones count as longest, so that none of them is met late."""
+        return self._lengths.get(hash(tuple(prompt)), math.inf)
+
+    def learn_length(self, prompt: list[int], tokens: int) -> None:
+        self._lengths[hash(tuple(prompt))] = tokens
+
+    # -- who is there -------------------------------------------------------------------------------------------------
+
+    def live(self) -> list[Member]:
+        return [member for member in self.members if member.state == LIVE]
+
+    def reachable(self) -> list[Member]:
+        """Live and stale members: those a push can include."""
+        return [member for member in self.members if member.state != DOWN]
+
+    def lose(self, member: Member, why: Exception | str) -> None:
+        """No more prompts for this one until a probe finds it healthy."""
+        if member.state != DOWN:
+            member.state, member.why, member.failures = DOWN, str(why), member.failures + 1
+            self.say(f"rollout server {member.url} is out: {member.why}")
+
+    @contextmanager
+    def update(self):
+        """Around a push."""
+        self._updates += 1
+        try:
+            yield
+        finally:
+            self._updates += 1
+
+    def current(self, members: list[Member], version: str) -> None:
+        """These, and only these, hold `version` now."""
+        self.version = version
+        for member in self.members:
+            if member in members:
+                member.state, member.why = LIVE, ""
+            elif member.state == LIVE:
+                member.state = STALE
+
+    def wait_for_one(self, states: tuple[str, ...]) -> None:
+        """Block until a member is in one of `states`, with a countdown.
+
+        Raises:
+            AllServersDown: after `wait_seconds`.
+        """
+        started, told = time.monotonic(), -math.inf
+        while not any(member.state in states for member in self.members):
+            waited = time.monotonic() - started
+            if waited > self.wait_seconds:
+                raise AllServersDown(f"No rollout server came back within {self.wait_seconds:.0f} s. {self.describe()}")
+            if waited - told >= 15:
+                told = waited
+                self.say(f"no rollout server is left; waiting, {self.wait_seconds - waited:.0f} s to go")
+            time.sleep(0.2)
+
+    def describe(self) -> str:
+        """What is wrong with each server, for an error message."""
+        return " ".join(f"{m.url}: {m.state}{', ' + m.why if m.why else ''}" for m in self.members)
+
+    def close(self) -> None:
+        """Stop probing and stop what this launch line started."""
+        self._closed.set()
+        for member in self.members:
+            if member.server is not None:
+                member.server.stop()
+
+    def _probe_forever(self, member: Member) -> None:
+        while not self._closed.wait(self._heartbeat):
+            if member.server is not None and member.server.ended and not self._closed.is_set():
+                self.lose(member, f"its process ended. The end of {member.server.spec.log_path}:\n{member.server.log_tail(5)}")
+                member.server.restart()
+                self.say(f"rollout server {member.url} is started again")
+            updates = self._updates
+            try:
+                version, error = member.client.health(self._heartbeat_timeout), None
+            except ServerError as caught:
+                version, error = None, caught
+            if updates % 2 or updates != self._updates:
+                continue  # a push was under way
+            if error is not None:
+                self.lose(member, error)
+            elif member.state == DOWN:
+                member.state = LIVE if version == self.version else STALE
+                fit = "with current weights" if member.state == LIVE else f"with weights {version!r}: it waits for a push"
+                self.say(f"rollout server {member.url} is back {fit}")
+            elif member.state == LIVE and version != self.version:
+                member.state = STALE  # restarted between two probes
+
+
+class Rollouts:
+    """The prompts of one generation and what has come back; survives a push in between.
+
+    Args:
+        pool: who answers.
+        prompts, sampling: what is asked.
+    """
+
+    def __init__(self, pool: RolloutPool, prompts: list[list[int]], sampling: Sampling):
+        self._pool, self._prompts, self._sampling = pool, prompts, sampling
+        self._responses: list[list[list[int]] | None] = [None] * len(prompts)
+        self._attempts = [0] * len(prompts)
+        longest_first = sorted(range(len(prompts)), key=lambda i: -pool.expected_length(prompts[i]))
+        self._waiting = deque(longest_first)
+        self._asked: dict[int, tuple[Member, int]] = {}  # prompt -> who works on it, and which attempt that is
+        self._reports: queue.SimpleQueue = queue.SimpleQueue()
+
+    @property
+    def left(self) -> int:
+        """Prompts without responses."""
+        return sum(response is None for response in self._responses)
+
+    def responses(self) -> list[list[int]]:
+        """All responses, the n of a prompt side by side."""
+        return [ids for group in self._responses for ids in group]
+
+    def run(self, on_done: Callable[[int, int], None] = lambda tokens, left: None) -> None:
+        """Ask until everything is there. May be called again after `WeightsNeeded`.
+
+        Args:
+            on_done: called per finished prompt with the tokens it brought and the prompts that are left.
+
+        Raises:
+            WeightsNeeded: only servers with old weights are left.
+            AllServersDown: none came back in time.
+            RequestRefused: a server will not take a prompt, whichever server it is.
+        """
+        while self.left:
+            self._dispatch()
+            if not self._asked:
+                self._pool.wait_for_one((LIVE, STALE))
+                if not self._pool.live():
+                    raise WeightsNeeded(f"{self.left} prompts are left. {self._pool.describe()}")
+                continue
+            try:
+                report = self._reports.get(timeout=0.5)
+            except queue.Empty:
+                report = None
+            if report is not None:
+                self._hear(*report, on_done)
+            self._take_back()
+
+    def _dispatch(self) -> None:
+        """Give waiting prompts to the least loaded live servers, as many as they can decode at once and a few more."""
+        most = math.ceil(self._pool.max_num_seqs / self._sampling.n) + 2
+        while self._waiting:
+            member = min(self._pool.live(), key=lambda m: m.in_flight, default=None)
+            if member is None or member.in_flight >= most:
+                return
+            index = self._waiting.popleft()
+            if self._responses[index] is not None:
+                continue  # a late answer was faster
+            self._attempts[index] += 1
+            self._asked[index] = (member, self._attempts[index])
+            member.take()
+            threading.Thread(target=self._ask, args=(index, self._attempts[index], member), daemon=True).start()
+
+    def _ask(self, index: int, attempt: int, member: Member) -> None:
+        try:
+            answer = member.client.sample(self._prompts[index], self._sampling, index)
+        except Exception as error:  # judged by the calling thread
+            answer = error
+        self._reports.put((index, attempt, member, answer))
+
+    def _hear(self, index: int, attempt: int, member: Member, answer, on_done) -> None:
+        member.give_back()
+        mine = self._asked.get(index) == (member, attempt)
+        if mine:
+            del self._asked[index]
+        if not isinstance(answer, Exception):
+            if self._responses[index] is None:  # else: it was sent elsewhere meanwhile, and that answer was first
+                self._responses[index] = answer
+                member.prompts += 1
+                tokens = sum(map(len, answer))
+                self._pool.learn_length(self._prompts[index], tokens)
+                on_done(tokens, self.left)
+            return
+        if isinstance(answer, RequestRefused) or not isinstance(answer, ServerError):
+            raise answer
+        if mine:
+            self._pool.lose(member, answer)
+            self._again(index, answer)
+
+    def _again(self, index: int, why: Exception) -> None:
+        limit = 3 * len(self._pool.members) + 2
+        if self._attempts[index] >= limit:
+            raise ServerError(f"Prompt {index} failed {limit} times, on every server; the last time: {why}") from why
+        self._waiting.appendleft(index)
+
+    def _take_back(self) -> None:
+        """Prompts of servers that a probe found hung or gone go elsewhere; a late answer is still welcome."""
+        for index, (member, _) in list(self._asked.items()):
+            if member.state == DOWN:
+                del self._asked[index]
+                self._again(index, ServerError(member.why))

@@ -1,0 +1,104 @@
+"""Start the rollout servers of one node for a recipe, keep them running, print the addresses to train with.
+
+    export JUSTRL_SERVER_KEY=...   # one long random string (openssl rand -hex 32), the same on servers and trainer
+    python recipes/serve.py --config recipes/justrl_deepseek_1.5b.yaml --servers 8 --gpus 0-7 --host 10.0.0.5
+    srun --ntasks-per-node 1 python recipes/serve.py --config ... --host $(hostname -i)      # on every server node
+
+Each server has a GPU (or, without any, a core) of its own. One that dies is started again; the trainer brings it up to date
+with its next push. Ctrl-C or SIGTERM stops them all.
+"""
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from justrl_trl.launch import one_paragraph_errors, parse, quiet_libraries, resolve_model, server_spec
+from justrl_trl.progress import Waiting
+from justrl_trl.server import ManagedServer, ServerError, check_compiler
+from justrl_trl.server_auth import KEY_VARIABLE
+from justrl_trl.vllm_plugin import BACKEND as GLOO_BACKEND
+
+
+@dataclass
+class ServeArguments:
+    """What to start on this node."""
+
+    servers: int = field(default=0, metadata={"help": "How many; 0: one per GPU of --gpus, or one without a GPU."})
+    gpus: str = field(default="all", metadata={"help": "GPUs to use: all, 0-7 or 0,2,5."})
+    host: str = field(default="127.0.0.1", metadata={"help": "Address to bind and to print; not 127.0.0.1 for other nodes."})
+    first_port: int = field(default=8000, metadata={"help": "Port of the first server; the others follow."})
+    log_dir: str = field(default="runs/servers", metadata={"help": "Where the servers write."})
+
+
+def main() -> None:
+    quiet_libraries()
+    _, training, model, serve = parse(Path(__file__).with_name("tiny.yaml"), ServeArguments)
+    if not os.environ.get(KEY_VARIABLE):
+        raise ServerError(
+            f"{KEY_VARIABLE} is not set, and whoever reaches a server could replace its weights. Set the same long random "
+            f"string here and for the trainer: export {KEY_VARIABLE}=$(openssl rand -hex 32)"
+        )
+    check_compiler()
+    devices = pick_devices(serve.gpus, serve.servers, torch.cuda.device_count())
+    model_path = resolve_model(model, training)
+
+    servers = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # as Ctrl-C: through `finally`
+    try:
+        for index, device in enumerate(devices):
+            own = {"host": serve.host, "port": serve.first_port + index, **device}
+            log = Path(serve.log_dir) / f"server_{serve.first_port + index}.log"
+            servers.append(ManagedServer(server_spec(model_path, training, model.model_revision, log, **own)))
+        for server in servers:
+            server.wait(training.vllm_server_timeout, Waiting(f"starting {server.url} (log: {server.spec.log_path})"))
+        print(f"{len(servers)} servers of {model.model_name_or_path} are ready. Train with:", flush=True)
+        print(f"--rollout_servers {' '.join(server.url for server in servers)}", flush=True)
+        keep_running(servers)
+    finally:
+        for server in servers:
+            server.stop()
+
+
+def keep_running(servers: list[ManagedServer]) -> None:
+    """Start again whatever ends, for ever; one that ends within a minute is given ever more time."""
+    pause = dict.fromkeys((server.url for server in servers), 1.0)
+    born = dict.fromkeys(pause, time.monotonic())
+    while True:
+        time.sleep(1)
+        for server in servers:
+            if server.ended and time.monotonic() - born[server.url] > pause[server.url]:
+                lived = time.monotonic() - born[server.url]
+                print(f"{server.url} ended; starting it again. The end of its log:\n{server.log_tail(5)}", flush=True)
+                pause[server.url] = 1.0 if lived > 60 else min(300.0, 2 * pause[server.url])
+                born[server.url] = time.monotonic()
+                server.restart()
+
+
+def pick_devices(gpus: str, servers: int, available: int) -> list[dict]:
+    """A GPU for each server, or a core where there is no GPU.
+
+    Raises:
+        ServerError: for GPUs that are not there, or fewer GPUs than servers.
+    """
+    if available == 0:
+        cores = sorted(os.sched_getaffinity(0), reverse=True)
+        return [{"gpu": None, "core": cores[i % len(cores)], "weight_backend": GLOO_BACKEND} for i in range(servers or 1)]
+    chosen = list(range(available)) if gpus == "all" else []
+    for part in gpus.split(",") if gpus != "all" else ():
+        first, _, last = part.partition("-")
+        if not first.isdigit() or not (last or first).isdigit():
+            raise ServerError(f"--gpus {gpus!r} is not a list of GPUs. Write all, 0-7 or 0,2,5.")
+        chosen += range(int(first), int(last or first) + 1)
+    if any(gpu >= available for gpu in chosen) or (servers or 1) > len(chosen):
+        raise ServerError(f"--gpus {gpus} --servers {servers}: this node has {available} GPUs, and each server needs its own.")
+    return [{"gpu": gpu, "core": 0, "weight_backend": "nccl"} for gpu in chosen[: servers or len(chosen)]]
+
+
+if __name__ == "__main__":
+    with one_paragraph_errors():
+        main()
