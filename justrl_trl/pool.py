@@ -30,7 +30,7 @@ class WeightsNeeded(ServerError):
     """The servers that are healthy hold old weights: push, then go on."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Member:
     """One server of the pool.
 

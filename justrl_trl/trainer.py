@@ -105,7 +105,7 @@ class JustRLTrainer(GRPOTrainer):
         self._skipped = SkipCounter(args.max_skipped_steps)
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)  # prints every metric as one line of JSON; RecordRun prints what matters
-        self.add_callback(SyncAfterRolloutStep(self))
+        self.callback_handler.callbacks.insert(0, SyncAfterRolloutStep(self))  # others may sample, and need the weights pushed
 
     # -- sample -------------------------------------------------------------------------------------------------------
 

@@ -47,6 +47,7 @@ class GlooSender:
         self._generation = 0
         self._group: GlooGroup | None = None
         self._members: list[Member] = []
+        self._formed_by: list[tuple[Member, int]] = []  # members and how often each had failed by then
         self._manifest: list[WireTensor] = []
 
     def send(self, weights: PolicyWeights, version: str) -> list[Member]:
@@ -59,7 +60,8 @@ class GlooSender:
             PushBroken: some server failed and is marked down; the others still hold their old weights.
         """
         reachable = self._pool.reachable()
-        if self._group is None or self._members != reachable:
+        # one that was lost and came back is another process, which knows nothing of the group
+        if self._group is None or self._formed_by != [(member, member.failures) for member in reachable]:
             self._connect(reachable, weights)
         self._each(lambda member: member.client.start_weight_update())
         announce = asdict(GlooUpdateInfo(self._generation))
@@ -82,6 +84,7 @@ class GlooSender:
         self.close()
         self._generation += 1
         self._members = list(members)
+        self._formed_by = [(member, member.failures) for member in members]
         workers = dict(self._each(lambda member: member.client.world_size()))
         self._manifest = weights.metadata()
         world_size = 1 + sum(workers.values())
@@ -180,6 +183,7 @@ class NcclSender:
         self._pool, self._address, self._port, self._timeout = pool, address, port, timeout_seconds
         self._engine = None
         self._members: list[Member] = []
+        self._formed_by: list[tuple[Member, int]] = []
         self._version = ""
 
     def send(self, weights: PolicyWeights, version: str) -> list[Member]:
@@ -187,8 +191,9 @@ class NcclSender:
         reachable = self._pool.reachable()
         self._version = version
         try:
-            if self._engine is None or self._members != reachable:
-                self._members = reachable
+            formed_by = [(member, member.failures) for member in reachable]
+            if self._engine is None or self._formed_by != formed_by:
+                self._members, self._formed_by = reachable, formed_by
                 self._engine = self._join(weights)
             self._engine.source = weights
             self._engine.send_weights()

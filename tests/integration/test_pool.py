@@ -48,7 +48,7 @@ def pair(processes):
             server.restart()
     for server in processes:
         server.wait(600)
-    pool = pool_of(processes, heartbeat_timeout=5.0, say=lambda line: None)
+    pool = pool_of(processes, heartbeat_timeout=5.0)
     pool.current([], "none")
     yield pool
     pool._closed.set()
@@ -116,23 +116,6 @@ def test_both_servers_work_and_give_the_samples_that_one_would(pair, model):
     assert [alone.sample(PROMPTS[i], LONG, i) for i in (0, 7)] == [both[0:4], both[28:32]]
 
 
-def test_a_server_killed_in_a_generation_loses_its_prompts_to_the_other_and_rejoins_by_the_next_push(pair, model, processes):
-    sync = sync_of(model, pair)
-    sync.push("1")
-    threading.Timer(0.7, lambda: [p.kill() for p in family(processes[0])]).start()
-    assert right(pair.generate(PROMPTS * 2, LONG)[: len(PROMPTS) * LONG.n])
-    assert pair.members[0].state == DOWN and pair.members[1].state == LIVE
-    wait(lambda: processes[0].ended, 20, "the guard ends with its server")
-    processes[0].restart()
-    wait(lambda: pair.members[0].state == STALE, 120, "it is back, with the weights of the checkpoint")
-    before = pair.members[0].prompts
-    assert right(pair.generate(PROMPTS, LONG)) and pair.members[0].prompts == before  # no prompt reaches old weights
-    sync.push("2")
-    assert [m.client.weight_version() for m in pair.members] == ["2", "2"]
-    assert right(pair.generate(PROMPTS, LONG)) and pair.members[0].prompts > before
-    assert sync.gap(PROBE, trainer_logps(model, IDS))[1] < 0.05
-
-
 def test_a_stopped_server_is_noticed_by_the_heartbeat(pair, model, processes):
     sync_of(model, pair).push("1")
     stopped = family(processes[1])
@@ -147,34 +130,6 @@ def test_a_stopped_server_is_noticed_by_the_heartbeat(pair, model, processes):
     wait(lambda: pair.members[1].state == LIVE, 30, "it goes on with current weights, without a push")
 
 
-def test_a_server_killed_between_push_and_generation_costs_nothing(pair, model, processes):
-    sync = sync_of(model, pair)
-    sync.push("1")
-    for process in family(processes[0]):
-        process.kill()
-    assert right(pair.generate(PROMPTS, LONG))
-    sync.push("2")
-    assert pair.members[1].client.weight_version() == "2" and pair.members[0].state == DOWN
-
-
-def test_a_server_killed_in_a_push_leaves_the_other_one_current(pair, model, processes):
-    sync = sync_of(model, pair, timeout_seconds=20)
-    sync.push("1")
-    sender, member = sync._sender, pair.members[0]
-    original = sender._broadcast
-
-    def killing(weights, receiving):
-        for process in family(processes[0]):
-            process.kill()
-        return original(weights, receiving)
-
-    sender._broadcast = killing
-    sync.push("2")
-    assert member.state == DOWN and pair.members[1].client.weight_version() == "2"
-    assert right(pair.generate(PROMPTS, LONG))
-    assert sync.gap(PROBE, trainer_logps(model, IDS))[1] < 0.05
-
-
 def test_a_trainer_that_dies_in_a_push_leaves_servers_that_the_next_one_can_use(pair, model):
     sync = sync_of(model, pair, timeout_seconds=5)
     sync.push("1")
@@ -183,26 +138,6 @@ def test_a_trainer_that_dies_in_a_push_leaves_servers_that_the_next_one_can_use(
     assert right(pair.generate(PROMPTS, LONG)), "an open update stops nobody"
     sync_of(model, pair).push("2")  # knows nothing of the first one
     assert [m.client.weight_version() for m in pair.members] == ["2", "2"]
-
-
-def test_with_all_servers_gone_it_ends_with_a_reason_and_goes_on_when_one_comes_back(pair, model, processes):
-    sync = sync_of(model, pair)
-    sync.push("1")
-    pair.wait_seconds = 3.0
-    rollouts = Rollouts(pair, PROMPTS, LONG)
-    for server in processes:
-        for process in family(server):
-            process.kill()
-    with pytest.raises(AllServersDown, match="http://127.0.0.1.*http://127.0.0.1"):
-        rollouts.run()
-    wait(lambda: processes[1].ended, 20, "the guard ends")
-    processes[1].restart()
-    pair.wait_seconds = 120.0
-    with pytest.raises(WeightsNeeded):
-        rollouts.run()
-    sync.push("2")
-    rollouts.run()
-    assert right(rollouts.responses())
 
 
 class Proxy:
@@ -241,3 +176,63 @@ def test_a_server_that_answers_errors_now_and_then_only_costs_time(pair, model, 
 def test_the_cores_of_two_servers_are_two(processes):
     if len(os.sched_getaffinity(0)) > 1:
         assert processes[0].spec.core != processes[1].spec.core
+
+
+# from here on servers die; each that is gone costs the next test the time of a start
+
+
+def test_a_server_killed_in_a_generation_loses_its_prompts_to_the_other_and_rejoins_by_the_next_push(pair, model, processes):
+    sync = sync_of(model, pair)
+    sync.push("1")
+    threading.Timer(0.7, lambda: [p.kill() for p in family(processes[0])]).start()
+    assert right(pair.generate(PROMPTS * 2, LONG)[: len(PROMPTS) * LONG.n])
+    assert pair.members[0].state == DOWN and pair.members[1].state == LIVE
+    wait(lambda: processes[0].ended, 20, "the guard ends with its server")
+    processes[0].restart()
+    wait(lambda: pair.members[0].state == STALE, 120, "it is back, with the weights of the checkpoint")
+    before = pair.members[0].prompts
+    assert right(pair.generate(PROMPTS, LONG)) and pair.members[0].prompts == before  # no prompt reaches old weights
+    sync.push("2")
+    assert [m.client.weight_version() for m in pair.members] == ["2", "2"]
+    assert right(pair.generate(PROMPTS, LONG)) and pair.members[0].prompts > before
+    assert sync.gap(PROBE, trainer_logps(model, IDS))[1] < 0.05
+
+
+def test_a_server_killed_in_a_push_leaves_the_other_one_current(pair, model, processes):
+    sync = sync_of(model, pair, timeout_seconds=20)
+    sync.push("1")
+    sender, member = sync._sender, pair.members[0]
+    original = sender._broadcast
+
+    def killing(weights, receiving):
+        for process in family(processes[0]):
+            process.kill()
+        return original(weights, receiving)
+
+    sender._broadcast = killing
+    sync.push("2")
+    assert member.state == DOWN and pair.members[1].client.weight_version() == "2"
+    assert right(pair.generate(PROMPTS, LONG))
+    assert sync.gap(PROBE, trainer_logps(model, IDS))[1] < 0.05
+
+
+def test_with_all_servers_gone_it_ends_with_a_reason_and_goes_on_when_one_comes_back(pair, model, processes):
+    sync = sync_of(model, pair)
+    sync.push("1")
+    for process in family(processes[0]):  # between push and generation: it costs nothing
+        process.kill()
+    assert right(pair.generate(PROMPTS, LONG))
+    pair.wait_seconds = 3.0
+    rollouts = Rollouts(pair, PROMPTS, LONG)
+    for process in family(processes[1]):
+        process.kill()
+    with pytest.raises(AllServersDown, match="http://127.0.0.1.*http://127.0.0.1"):
+        rollouts.run()
+    wait(lambda: processes[1].ended, 20, "the guard ends")
+    processes[1].restart()
+    pair.wait_seconds = 120.0
+    with pytest.raises(WeightsNeeded):
+        rollouts.run()
+    sync.push("2")
+    rollouts.run()
+    assert right(rollouts.responses())
