@@ -226,3 +226,22 @@ def test_deepspeed_accumulates_and_reduces_gradients_in_float32(monkeypatch):
 def test_an_unknown_kernel_or_objective_is_named_with_the_known_ones(name, value):
     with pytest.raises(ValueError, match=rf"{name}='{value}' is unknown. Use '"):
         config(**{name: value})
+
+
+def test_trls_name_for_one_server_is_the_list_of_one():
+    assert config(vllm_server_base_url="http://h:1").rollout_servers == ["http://h:1"]
+    assert config(rollout_servers=["http://h:1", "http://h:2"]).rollout_servers == ["http://h:1", "http://h:2"]
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"rollout_servers": ["h:1"]}, "'h:1' is not an address. Write it as http://HOST:PORT"),
+        ({"rollout_servers": ["http://h:1", "http://h:1"]}, "names a server twice"),
+        ({"rollout_servers": ["http://h:1"], "vllm_server_base_url": "http://h:2"}, "different servers"),
+        ({"managed_servers": 0}, "managed_servers=0"),
+    ],
+)
+def test_servers_that_cannot_be_meant_are_refused(given, reason):
+    with pytest.raises(ValueError, match=reason):
+        config(**given)

@@ -251,3 +251,10 @@ def test_a_machine_without_a_compiler_is_told_to_install_one(tmp_path, monkeypat
     (tmp_path / "mycc").touch(mode=0o755)
     monkeypatch.setenv("CXX", "mycc")
     check_compiler()
+
+
+def test_several_managed_servers_get_a_gpu_or_a_core_each():
+    assert [pick_hardware(4, 8, i, 4)["gpu"] for i in range(4)] == [4, 5, 6, 7]
+    assert len({pick_hardware(2, 0, i, 2)["core"] for i in range(2)}) == min(2, len(os.sched_getaffinity(0)))
+    with pytest.raises(ServerError, match=r"managed_servers=3 need a GPU each, but 4 GPUs and 2 training ranks leave 2"):
+        pick_hardware(2, 4, 0, 3)
