@@ -1,7 +1,5 @@
 """When the trainer pushes: before the first rollout step and after every one."""
 
-import time
-
 from transformers import TrainerCallback
 
 
@@ -19,12 +17,11 @@ class SyncAfterRolloutStep(TrainerCallback):
         trainer = self._trainer
         trainer.push_weights()
         trainer._metrics["train"].clear()
-        trainer.stage_seconds.clear()
-        trainer._rollout_started = time.perf_counter()
+        trainer.clock.restart()
 
     def on_step_end(self, args, state, control, lr_scheduler=None, **kwargs):
         if self._trainer.accelerator.optimizer_step_was_skipped:
             lr_scheduler.step()  # HF holds the schedule when DeepSpeed skips; the reference's goes on
         if state.global_step % args.optimizer_steps_per_rollout_step == 0:
             self._trainer.push_weights()
-            self._trainer.record_stages()
+            self._trainer.record_rollout_step()

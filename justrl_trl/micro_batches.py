@@ -104,3 +104,15 @@ def reference_order(lengths: list[int], budget: int) -> list[int]:
     `compute_log_prob`), which is why its entropy metric is wrong.
     """
     return [i for part in deal(lengths, micro_batches_needed(lengths, 1, budget)) for i in part]
+
+
+def scored_sequences(steps: list[OptimizerStep], count: int) -> tuple[list[Sequence], torch.Tensor]:
+    """The first `count` sequences of this rank that have a response, and their old log-probabilities in a row, `(N,)`."""
+    found: list[tuple[Sequence, torch.Tensor]] = []
+    for batch in (batch for step in steps for batch in step.micro_batches):
+        ids, logps = batch.row.input_ids[0].cpu().split(batch.row.lengths), batch.old_logps.split(batch.response_lengths)
+        found += [(Sequence(i, len(i) - len(lp)), lp) for i, lp in zip(ids, logps, strict=True) if len(lp)]
+        if len(found) >= count:
+            break
+    found = found[:count]
+    return [sequence for sequence, _ in found], torch.cat([logps for _, logps in found] or [torch.zeros(0)])

@@ -27,6 +27,7 @@ from transformers import TrainerCallback
 
 from justrl_trl.config import JustRLConfig
 from justrl_trl.figures import plot_dynamics
+from justrl_trl.heldout import heldout_accuracy
 
 _FIGURE_EVERY_SECONDS = 60.0
 
@@ -149,7 +150,7 @@ class RecordRun(TrainerCallback):
             self._draw()
 
     def _record_heldout(self, args, state) -> None:
-        accuracy = self.trainer.heldout_accuracy()
+        accuracy = heldout_accuracy(self.trainer)
         if accuracy is not None and state.is_world_process_zero:
             row = {"rollout_step": args.rollout_step(state.global_step), "accuracy": accuracy}
             append_jsonl(self.folder.heldout, row)

@@ -10,8 +10,6 @@ Overridden private methods of TRL 1.16.0: `_generate_single_turn`, `_generate_an
 `tests/unit/test_upstream.py` pins their signatures.
 """
 
-import time
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,13 +31,14 @@ from justrl_trl.config import JustRLConfig
 from justrl_trl.fused_loss import add_liger_loss, check_dense, check_liger_support
 from justrl_trl.loss import denominator, normalize, policy_loss
 from justrl_trl.metrics import STEP_SUMS, reduce_once, scoring_sums, step_sums
-from justrl_trl.micro_batches import MicroBatch, OptimizerStep, reference_order, share_out
+from justrl_trl.micro_batches import MicroBatch, OptimizerStep, reference_order, scored_sequences, share_out
 from justrl_trl.optimizer import SkipCounter, is_finite, warmup_schedule
 from justrl_trl.packing import PackedRow, Sequence, pack, unpad
 from justrl_trl.pool import AllServersDown, RolloutPool, Rollouts, WeightsNeeded
 from justrl_trl.rewards import dapo_reward
 from justrl_trl.rollout import Sampling
 from justrl_trl.server import ServerError
+from justrl_trl.stages import StageClock
 from justrl_trl.weight_sync import WeightSync
 
 _PROBE_PROMPTS, _PROBE_TOKENS = 4, 256
@@ -90,10 +89,8 @@ class JustRLTrainer(GRPOTrainer):
         self.pool = pool
         self.heldout_dataset = heldout_dataset
         self.weight_sync: WeightSync | None = None  # set up with the first push, when the model is sharded
-        self.stage_seconds: dict[str, float] = defaultdict(float)
+        self.clock = StageClock()
         self._probe: list[Sequence] = []  # fixed sequences that every push is checked on
-        self._rollout_started = time.perf_counter()
-        self._busy_before = 0.0  # seconds that servers had worked when the rollout step began
         self._rewards = None  # (B,) of the current rollout step, all ranks
         self._base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         use_packed_attention(self._base_model)
@@ -114,7 +111,7 @@ class JustRLTrainer(GRPOTrainer):
 
         Every rank holds each of its prompts `num_generations` times, side by side in rank order; rank 0 asks once for each.
         """
-        with self.stage("generation"):
+        with self.clock.stage("generation"):
             if images is not None:
                 raise ValueError("The dataset has images; the JustRL recipe is text only.")
             self._require_current_weights()
@@ -122,14 +119,15 @@ class JustRLTrainer(GRPOTrainer):
             rollouts = None
             if self.accelerator.is_main_process:
                 prompts = [ids.tolist() for ids in all_prompts[::num_generations]]
-                rollouts = Rollouts(self.pool, prompts, self._sampling(num_generations, self.max_completion_length))
+                rollouts = Rollouts(self.pool, prompts, self.sampling(num_generations, self.max_completion_length))
             while not self._run_rollouts(rollouts):
                 self.push_weights()  # only restarted servers are left: all ranks bring them up to date, then it goes on
             rows = broadcast_ragged(rollouts and rollouts.responses(), len(all_prompts), self.accelerator)
             start = self.accelerator.process_index * len(prompt_ids)
             return [row.tolist() for row in rows[start : start + len(prompt_ids)]], None
 
-    def _sampling(self, n: int, max_tokens: int, seed_offset: int = 0) -> Sampling:
+    def sampling(self, n: int, max_tokens: int, seed_offset: int = 0) -> Sampling:
+        """What a server is asked for; `seed_offset` keeps other samples of a rollout step apart from its rollouts."""
         return Sampling(
             n=n,
             max_tokens=max_tokens,
@@ -152,7 +150,7 @@ class JustRLTrainer(GRPOTrainer):
         error, complete = None, False
         if self.accelerator.is_main_process:
             try:
-                with self._progress_bar(rollouts.left) as on_done:
+                with self.progress_bar(rollouts.left) as on_done:
                     rollouts.run(on_done)
                 complete = True
             except WeightsNeeded:
@@ -166,7 +164,7 @@ class JustRLTrainer(GRPOTrainer):
         return complete
 
     @contextmanager
-    def _progress_bar(self, prompts: int):
+    def progress_bar(self, prompts: int):
         """In a terminal: prompts done, tokens per second, and how many still run. Yields `on_done(tokens, left)`."""
         with tqdm(total=prompts, desc="generation", unit="prompt", leave=False, disable=None) as bar:
             tokens = 0
@@ -192,11 +190,8 @@ class JustRLTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         """TRL's generation and scoring, then the reference's advantages: TRL adds 1e-4 to the deviation, verl 1e-6."""
-        generation_before = self.stage_seconds["generation"]
-        started = time.perf_counter()
-        output = super()._generate_and_score_completions(inputs)
-        elapsed = time.perf_counter() - started
-        self.stage_seconds["scoring"] += elapsed - (self.stage_seconds["generation"] - generation_before)
+        with self.clock.stage("scoring"):
+            output = super()._generate_and_score_completions(inputs)
         rows = len(output["advantages"])
         mode = "train" if self.model.training else "eval"
         group_size = self.num_generations if self.model.training else self.num_generations_eval
@@ -234,7 +229,7 @@ class JustRLTrainer(GRPOTrainer):
             return super()._prepare_inputs(generation_batch)
         if self._step % self.args.optimizer_steps_per_rollout_step == 0:
             batch = shuffle_sequence_dict(self._generate_and_score_completions(generation_batch))
-            with self.stage("scoring"):
+            with self.clock.stage("scoring"):
                 batches = split_tensor_dict(batch, self.args.steps_per_generation)
                 budget = self.args.max_tokens_per_micro_batch
                 self._buffered_inputs = share_out([unpad(one) for one in batches], self.accelerator, budget)
@@ -268,19 +263,12 @@ class JustRLTrainer(GRPOTrainer):
         """
         if self.weight_sync is None or not self.args.gap_responses:
             return
-        sampled: list[tuple[Sequence, torch.Tensor]] = []
-        for batch in (batch for step in steps for batch in step.micro_batches):
-            ids, logps = batch.row.input_ids[0].cpu().split(batch.row.lengths), batch.old_logps.split(batch.response_lengths)
-            sampled += [(Sequence(i, len(i) - len(lp)), lp) for i, lp in zip(ids, logps, strict=True) if len(lp)]
-            if len(sampled) >= self.args.gap_responses:
-                break
-        sampled = sampled[: self.args.gap_responses]
-        logps = torch.cat([logps for _, logps in sampled] or [torch.zeros(0)])
-        gap = self.weight_sync.gap([sequence for sequence, _ in sampled], logps)
+        sequences, logps = scored_sequences(steps, self.args.gap_responses)
+        gap = self.weight_sync.gap(sequences, logps)
         largest, mean, k3 = gap.tolist()
         for name, value in (("gap_max", largest), ("gap_mean", mean), ("kl", k3)):
             self._metrics["train"][f"rollout/logprob_{name}"].append(value)
-        told = f"trainer and server differ by {mean:.3f} in log-probability, on average over {len(sampled)} responses"
+        told = f"trainer and server differ by {mean:.3f} in log-probability, on average over {len(sequences)} responses"
         if not mean <= self.args.gap_limit:
             raise ServerError(
                 f"In this rollout step {told} > gap_limit={self.args.gap_limit}: what was sampled is not this policy's. Check "
@@ -299,7 +287,7 @@ class JustRLTrainer(GRPOTrainer):
         """
         model.train()
         step = self._prepare_inputs(inputs)
-        with self.stage("training"):
+        with self.clock.stage("training"):
             sums = torch.zeros(len(STEP_SUMS), device=self.accelerator.device)
             for number, batch in enumerate(step.micro_batches, start=1):
                 with self._accumulating(model, last=number == len(step.micro_batches)):
@@ -395,7 +383,7 @@ class JustRLTrainer(GRPOTrainer):
         Raises:
             ServerError: if the server does not end up with these weights.
         """
-        with self.stage("sync"):
+        with self.clock.stage("sync"):
             if self.weight_sync is None:
                 self.weight_sync = WeightSync(
                     self.accelerator,
@@ -430,7 +418,7 @@ class JustRLTrainer(GRPOTrainer):
         rows, error = None, None
         if self.accelerator.is_main_process:
             try:
-                rows = self.pool.generate(prompts, self._sampling(n=1, max_tokens=limit))
+                rows = self.pool.generate(prompts, self.sampling(n=1, max_tokens=limit))
             except ServerError as caught:
                 error = caught
         raise_together(error, self.accelerator)
@@ -460,65 +448,14 @@ class JustRLTrainer(GRPOTrainer):
         """Finished rollout steps."""
         return self.args.rollout_step(self.state.global_step)
 
-    @contextmanager
-    def stage(self, name: str):
-        """Add the wall time of a stage (generation, scoring, training, sync) to the current rollout step, seconds."""
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.stage_seconds[name] += time.perf_counter() - started
-
-    def record_stages(self) -> None:
-        """Turn the stage times of the finished rollout step into metrics and start the next one."""
-        now = time.perf_counter()
-        total, self._rollout_started = now - self._rollout_started, now
+    def record_rollout_step(self) -> None:
+        """Metrics of the finished rollout step as a whole."""
         metrics = self._metrics["train"]
-        generated = metrics["completions/mean_length"][-1] * self.args.generation_batch_size
-        for name in ("generation", "scoring", "training", "sync"):
-            metrics[f"seconds/{name}"].append(self.stage_seconds[name])
-        metrics["seconds/total"].append(total)
         # TRL's log averages what is in a list: totals and peaks are made here
         metrics["tokens/trained"] = [sum(metrics["tokens/trained"])]
         metrics["memory/peak_gib"] = [max(metrics["memory/peak_gib"])]
-        metrics["skipped_optimizer_steps"].append(self._skipped.take())
-        metrics["idle/trainer"].append((self.stage_seconds["generation"] + self.stage_seconds["sync"]) / total)
-        if self.pool is not None:
-            busy = sum(member.busy_seconds for member in self.pool.members)
-            metrics["idle/servers"].append(1 - (busy - self._busy_before) / (total * len(self.pool.members)))
-            metrics["servers/live"].append(len(self.pool.live()))
-            self._busy_before = busy
-        metrics["tokens/generated"].append(generated)
-        metrics["tokens_per_second/generation"].append(generated / max(self.stage_seconds["generation"], 1e-9))
-        metrics["tokens_per_second/training"].append(sum(metrics["tokens/trained"]) / max(self.stage_seconds["training"], 1e-9))
-        metrics["tokens_per_second/total"].append(generated / total)
-        self.stage_seconds.clear()
-
-    def heldout_accuracy(self) -> float | None:
-        """Mean reward-is-positive over `heldout_generations` responses to each held-out problem, current server weights.
-
-        Called on all ranks; touches no training state.
-        """
-        if self.heldout_dataset is None:
-            return None
-        error, accuracy = None, torch.zeros(1, dtype=torch.float64, device=self.accelerator.device)
-        if self.accelerator.is_main_process:
-            try:
-                accuracy[0] = self._sample_heldout()
-            except ServerError as caught:
-                error = caught
-        raise_together(error, self.accelerator)
-        return self.accelerator.reduce(accuracy, "sum").item()
-
-    def _sample_heldout(self) -> float:
-        n = self.args.heldout_generations
-        rows = [row for row in self.heldout_dataset for _ in range(n)]
-        prompt_ids = self._tokenize_prompts(list(self.heldout_dataset["prompt"]))[0]
-        sampling = self._sampling(n, self.max_completion_length, seed_offset=1 << 15)
-        with self._progress_bar(len(prompt_ids)) as on_done:
-            responses = self.pool.generate(prompt_ids, sampling, on_done)
-        texts = self.processing_class.batch_decode(responses, skip_special_tokens=True)
-        columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-        completions = [[{"role": "assistant", "content": text}] for text in texts]
-        rewards = self.reward_funcs[0](prompts=[row["prompt"] for row in rows], completions=completions, **columns)
-        return sum(reward > 0 for reward in rewards) / len(rewards)
+        metrics["tokens/generated"] = [metrics["completions/mean_length"][-1] * self.args.generation_batch_size]
+        metrics["skipped_optimizer_steps"] = [self._skipped.take()]
+        clock = self.clock.metrics(metrics["tokens/generated"][0], metrics["tokens/trained"][0], self.pool)
+        for name, value in clock.items():
+            metrics[name].append(value)

@@ -126,12 +126,10 @@ class FakeTrainer:
             "extra": {"solution": deque("556677"), "prediction": deque(["5", None, "6", "6", "8", "9"])},
         }
 
-    def heldout_accuracy(self) -> float | None:
-        return self._accuracies.pop(0)
-
 
 @pytest.fixture
-def recorder(folder):
+def recorder(folder, monkeypatch):
+    monkeypatch.setattr("justrl_trl.run_folder.heldout_accuracy", lambda trainer: trainer._accuracies.pop(0))
     made = RecordRun(folder)
     made.trainer = FakeTrainer([0.25, 0.75])
     return made
