@@ -227,7 +227,7 @@ def servers(repetitions: int) -> dict:
                 pool.current(pool.members, "default")
             # 16 of some 400 tokens end a response: geometric lengths, a mean of 25 and a tail to 160
             tail = sampling(n=2, max_tokens=160, stop_token_ids=tuple(range(100, 116)))
-            prompts = [[5 + i, 6, 7] for i in range(32)]
+            prompts = [[5 + i, 6, 7] for i in range(160)]
             walls = {1: [], 2: []}
             for repetition in range(repetitions + 1):
                 for count, pool in pools.items():
