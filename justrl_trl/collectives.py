@@ -42,7 +42,7 @@ def broadcast_ragged(rows: list[list[int]] | None, count: int, accelerator: Acce
     lengths = broadcast(lengths).tolist()
     flat = torch.zeros(sum(lengths), dtype=torch.int32, device=accelerator.device)
     if accelerator.is_main_process:
-        flat.copy_(torch.tensor([t for row in rows for t in row], dtype=torch.int32))
+        flat.copy_(torch.cat([torch.tensor(row, dtype=torch.int32) for row in rows]))
     return list(broadcast(flat).cpu().split(lengths))
 
 

@@ -4,7 +4,8 @@ One request per prompt goes to the least loaded server. A server that dies, hang
 weights loses only its own prompts: they are sent to another one, and it gets none until it is healthy and current again. A
 managed server is started again. What has been received is never asked for twice.
 
-All decisions are taken in the thread that calls; request threads and the probing thread only report.
+Prompts are given out and taken back in the thread that calls; request threads only report, and probing threads only say which
+server is up.
 """
 
 import math
@@ -253,20 +254,24 @@ class Rollouts:
             AllServersDown: none came back in time.
             RequestRefused: a server will not take a prompt, whichever server it is.
         """
-        while self.left:
-            self._dispatch()
-            if not self._asked:
-                self._pool.wait_for_one((LIVE, STALE))
-                if not self._pool.live():
-                    raise WeightsNeeded(f"{self.left} prompts are left. {self._pool.describe()}")
-                continue
-            try:
-                report = self._reports.get(timeout=0.5)
-            except queue.Empty:
-                report = None
-            if report is not None:
-                self._hear(*report, on_done)
-            self._take_back()
+        try:
+            while self.left:
+                self._dispatch()
+                if not self._asked:
+                    self._pool.wait_for_one((LIVE, STALE))
+                    if not self._pool.live():
+                        raise WeightsNeeded(f"{self.left} prompts are left. {self._pool.describe()}")
+                    continue
+                try:
+                    report = self._reports.get(timeout=0.5)
+                except queue.Empty:
+                    report = None
+                if report is not None:
+                    self._hear(*report, on_done)
+                self._take_back()
+        finally:
+            for index in list(self._asked):  # nobody listens any more
+                self._release(index)
 
     def _dispatch(self) -> None:
         """Give waiting prompts to the least loaded live servers, as many as they can decode at once and a few more."""
@@ -291,10 +296,9 @@ class Rollouts:
         self._reports.put((index, attempt, member, answer))
 
     def _hear(self, index: int, attempt: int, member: Member, answer, on_done) -> None:
-        member.give_back()
         mine = self._asked.get(index) == (member, attempt)
         if mine:
-            del self._asked[index]
+            self._release(index)
         if not isinstance(answer, Exception):
             if self._responses[index] is None:  # else: it was sent elsewhere meanwhile, and that answer was first
                 self._responses[index] = answer
@@ -319,5 +323,10 @@ class Rollouts:
         """Prompts of servers that a probe found hung or gone go elsewhere; a late answer is still welcome."""
         for index, (member, _) in list(self._asked.items()):
             if member.state == DOWN:
-                del self._asked[index]
+                self._release(index)
                 self._again(index, ServerError(member.why))
+
+    def _release(self, index: int) -> None:
+        """What is no longer waited for is no longer in flight, or a server that hung would count as busy for ever."""
+        member, _ = self._asked.pop(index)
+        member.give_back()

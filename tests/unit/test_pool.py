@@ -263,6 +263,20 @@ def test_a_prompt_that_kills_every_server_it_meets_does_not_go_round_for_ever(ma
         pool.generate(PROMPTS, SAMPLING)
 
 
+def test_a_server_that_hung_is_not_busy_for_ever(make):
+    """Its prompts went elsewhere and its answers are never heard; once it is back it must get as many prompts as before."""
+    pool, (hanging, other) = make(2, max_num_seqs=6)
+    hanging.behave = hung
+    pool.generate(PROMPTS, SAMPLING)
+    assert [member.in_flight for member in pool.members] == [0, 0]
+    hanging.behave = good
+    wait(lambda: pool.members[0].state == LIVE)
+    before = pool.members[0].prompts
+    other.behave = slow
+    pool.generate(PROMPTS, SAMPLING)
+    assert pool.members[0].prompts > before + 10
+
+
 def test_scoring_asks_the_next_server_when_one_fails(make):
     pool, (bad, other) = make(2)
     bad.behave = broken
