@@ -265,7 +265,9 @@ class JustRLTrainer(GRPOTrainer):
             return
         sequences, logps = scored_sequences(steps, self.args.gap_responses)
         gap = self.weight_sync.gap(sequences, logps)
-        largest, mean, k3 = gap.tolist()
+        if gap is None:
+            return
+        largest, mean, k3 = gap
         for name, value in (("gap_max", largest), ("gap_mean", mean), ("kl", k3)):
             self._metrics["train"][f"rollout/logprob_{name}"].append(value)
         told = f"trainer and server differ by {mean:.3f} in log-probability, on average over {len(sequences)} responses"
@@ -393,13 +395,16 @@ class JustRLTrainer(GRPOTrainer):
                     port=self.args.vllm_group_port,
                     timeout_seconds=self.args.weight_sync_timeout,
                 )
-            try:
-                self.weight_sync.push(str(self.state.global_step))
-            except (ServerError, StoppedByRankZero):
-                self.save_before_giving_up()
-                raise
-            self._probe = self._probe or self._make_probe()
-            largest, mean, _ = self.weight_sync.gap(self._probe, self._score(self._probe)).tolist()
+            gap = None
+            while gap is None:  # a server that dies before it has proved its weights is no server that has them
+                try:
+                    self.weight_sync.push(str(self.state.global_step))
+                except (ServerError, StoppedByRankZero):
+                    self.save_before_giving_up()
+                    raise
+                self._probe = self._probe or self._make_probe()
+                gap = self.weight_sync.gap(self._probe, self._score(self._probe))
+            largest, mean, _ = gap
         self._metrics["train"]["sync/logprob_gap_max"].append(largest)
         self._metrics["train"]["sync/logprob_gap_mean"].append(mean)
         if not mean <= self.args.sync_logprob_gap_limit:

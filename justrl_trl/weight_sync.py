@@ -92,7 +92,7 @@ class WeightSync:
         raise_together(error, self._accelerator)
         return bool(broadcast_object_list([arrived])[0])
 
-    def gap(self, sequences: list[Sequence], logps: torch.Tensor) -> torch.Tensor:
+    def gap(self, sequences: list[Sequence], logps: torch.Tensor) -> tuple[float, float, float] | None:
         """Compare trainer and server on the responses of some sequences.
 
         Args:
@@ -100,19 +100,23 @@ class WeightSync:
             logps: `(N,)`, the trainer's log-probabilities of all their response tokens in order, temperature 1.
 
         Returns:
-            `(3,)` on every rank: largest and mean |log p_trainer - log p_server|, and the k3 estimate of KL(server || trainer).
+            On every rank: largest and mean |log p_trainer - log p_server|, and the k3 estimate of KL(server || trainer).
+            None if there was nothing to compare: no sequences, or no live server.
         """
-        error, gap = None, torch.zeros(3, device=self._accelerator.device)
+        error, gap = None, torch.zeros(4, device=self._accelerator.device)  # the last one: whether it was measured
         if self._accelerator.is_main_process and sequences:
             try:
                 served = [self._pool.prompt_logprobs(s.ids.tolist())[s.prompt_length - 1 :] for s in sequences]
                 difference = logps.float().cpu() - torch.tensor([value for part in served for value in part])
                 k3 = difference.exp() - 1 - difference
-                gap.copy_(torch.stack([difference.abs().max(), difference.abs().mean(), k3.mean()]))
+                gap.copy_(torch.stack([difference.abs().max(), difference.abs().mean(), k3.mean(), torch.ones(())]))
+            except AllServersDown:
+                pass  # a server that dies here is no reason to end the run: the next push or generation waits for one
             except Exception as caught:
                 error = caught
         raise_together(error, self._accelerator)
-        return self._accelerator.reduce(gap, "sum")
+        largest, mean, k3, measured = self._accelerator.reduce(gap, "sum").tolist()
+        return (largest, mean, k3) if measured else None
 
 
 def _agreed(pool: RolloutPool) -> tuple[torch.dtype, str]:

@@ -281,10 +281,18 @@ def test_the_gap_is_the_largest_and_the_mean_difference_over_responses(accelerat
     sequences = [Sequence(torch.tensor([9, 9, 3, 4]), prompt_length=2), Sequence(torch.tensor([9, 5, 6]), prompt_length=1)]
     # the fake says -token: -3, -4 and -5, -6
     made._pool.current(made._pool.members, "1")
-    largest, mean, k3 = made.gap(sequences, torch.tensor([-3.0, -4.5, -5.0, -5.8])).tolist()
+    largest, mean, k3 = made.gap(sequences, torch.tensor([-3.0, -4.5, -5.0, -5.8]))
     assert (largest, mean) == (pytest.approx(0.5), pytest.approx(0.7 / 4))
     # differences 0, -0.5, 0, 0.2: exp(d) - 1 - d
     assert k3 == pytest.approx((math.exp(-0.5) - 1 + 0.5 + math.exp(0.2) - 1 - 0.2) / 4, rel=1e-5)
+
+
+def test_without_a_live_server_there_is_no_gap_and_no_error(accelerator):
+    made = sync(accelerator, tiny(), FakeClient())
+    made._pool.lose(made._pool.members[0], "gone")
+    sequence = Sequence(torch.tensor([9, 3]), prompt_length=1)
+    assert made.gap([sequence], torch.tensor([-3.0])) is None
+    assert made.gap([], torch.zeros(0)) is None
 
 
 def test_no_thread_stays_behind_a_push(accelerator):
