@@ -11,18 +11,25 @@ import math
 Plan = list[list[list[int]]]  # [rank][micro-batch] -> indices of sequences
 
 
-def plan_micro_batches(lengths: list[int], ranks: int, budget: int) -> Plan:
+def plan_micro_batches(lengths: list[int], ranks: int, budget: int, repeat_shortest: bool = False) -> Plan:
     """Deal sequences to ranks and micro-batches: the same number on every rank, none empty, none over `budget` tokens.
 
     Args:
-        lengths: tokens (prompt + response) of every sequence of the optimizer step, over all ranks; at least one per rank.
+        lengths: tokens (prompt + response) of every sequence, over all ranks.
         ranks: number of ranks.
         budget: tokens that one micro-batch may hold (`max_tokens_per_micro_batch`).
+        repeat_shortest: where there are fewer sequences than micro-batches, let the shortest one be in several. For forward
+            passes only: in training it would count twice.
 
     Raises:
-        ValueError: if one sequence alone is longer than the budget.
+        ValueError: if one sequence alone is longer than the budget, or there are too few and none may be repeated.
     """
     bins = deal(lengths, ranks * micro_batches_needed(lengths, ranks, budget))
+    if not all(bins):
+        if not repeat_shortest:
+            raise ValueError(f"cannot deal {len(lengths)} sequences into {len(bins)} micro-batches")
+        shortest = min(range(len(lengths)), key=lambda i: lengths[i])
+        bins = [one or [shortest] for one in bins]
     weights = [sum(lengths[i] for i in one) for one in bins]
     heaviest_first = sorted(range(len(bins)), key=lambda b: (-weights[b], b))
     plan: Plan = [[] for _ in range(ranks)]
@@ -59,8 +66,6 @@ def deal(lengths: list[int], count: int) -> list[list[int]]:
     Deterministic (ties go to the lower bin), no bin is empty while there are enough sequences, order inside a bin is that of
     `lengths`.
     """
-    if not 1 <= count <= len(lengths):
-        raise ValueError(f"cannot deal {len(lengths)} sequences into {count} micro-batches")
     bins: list[list[int]] = [[] for _ in range(count)]
     heap = [(0, b) for b in range(count)]
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

@@ -103,6 +103,14 @@ class JustRLConfig(GRPOConfig):
             "choices": ["liger", "trl"],
         },
     )
+    score_while_sampling: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute old log-probabilities of responses that are there while the servers work on the others. Same "
+            "numbers up to rounding, which then depends on who finished when; default: on with a GPU, off without, where ranks "
+            "and servers share the cores."
+        },
+    )
     vllm_importance_sampling_correction: bool = field(
         default=False,
         metadata={"help": "The reference has no correction for the trainer/server gap; the gap is logged instead."},
@@ -343,6 +351,8 @@ class JustRLConfig(GRPOConfig):
             setattr(self, name, value)
 
     def _derive_hardware(self, world_size: int) -> None:
+        if self.score_while_sampling is None:
+            self.score_while_sampling = torch.cuda.is_available() and not self.full_determinism
         if torch.cuda.is_available():
             self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
             if self.tf32 is None and self.bf16 and torch.cuda.get_device_capability()[0] >= 8:

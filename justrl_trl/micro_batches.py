@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 
-from justrl_trl.balance import deal, load_imbalance, micro_batches_needed, plan_micro_batches
+from justrl_trl.balance import load_imbalance, plan_micro_batches
 from justrl_trl.collectives import gather_ragged
 from justrl_trl.packing import PackedRow, Sequence, pack
 
@@ -21,7 +21,7 @@ class MicroBatch:
     Attributes:
         row: the sequences, packed.
         advantages: `(N,)` float32, of each response token of the row.
-        indices: place of each sequence in the rollout step, over all ranks.
+        indices: place of each sequence in the rollout step, over all ranks (see `exchange`).
         response_lengths: response tokens of each sequence; they sum to N.
         old_logps: `(N,)` float32, log-probabilities under the sampling policy; None until scored.
     """
@@ -54,27 +54,37 @@ class OptimizerStep:
     load_imbalance: float
 
 
-def share_out(steps: list[list[Sequence]], accelerator: Accelerator, budget: int) -> list[OptimizerStep]:
+def exchange(steps: list[list[Sequence]], accelerator: Accelerator) -> list[Sequence]:
+    """Every rank's sequences on every rank, in rank order; of a rank, in the order of its optimizer steps.
+
+    Args:
+        steps: this rank's sequences of each optimizer step of the rollout step; equal counts on every rank.
+    """
+    own = [sequence for step in steps for sequence in step]
+    rows = gather_ragged([s.ids for s in own], accelerator)
+    facts = [[s.prompt_length, s.advantage, s.row] for s in own]
+    facts = accelerator.gather(torch.tensor(facts, dtype=torch.float64, device=accelerator.device)).tolist()
+    return [Sequence(ids, int(prompt), advantage, int(row)) for ids, (prompt, advantage, row) in zip(rows, facts, strict=True)]
+
+
+def share_out(everyone: list[Sequence], steps: int, accelerator: Accelerator, budget: int) -> list[OptimizerStep]:
     """Deal the sequences of all ranks' optimizer steps out again, evenly, as micro-batches of at most `budget` tokens.
 
     Which sequences make an optimizer step does not change, only who computes them.
 
     Args:
-        steps: this rank's sequences of each optimizer step of the rollout step; equal counts on every rank.
+        everyone: from `exchange`.
+        steps: optimizer steps of the rollout step.
         budget: tokens per micro-batch (`max_tokens_per_micro_batch`).
 
     Returns:
         This rank's share of each.
     """
-    own = [sequence for step in steps for sequence in step]
-    rows = gather_ragged([s.ids for s in own], accelerator)
-    facts = torch.tensor([[s.prompt_length, s.advantage] for s in own], dtype=torch.float64, device=accelerator.device)
-    facts = accelerator.gather(facts).tolist()
-    everyone = [Sequence(ids, int(prompt), advantage) for ids, (prompt, advantage) in zip(rows, facts, strict=True)]
-    per_step = len(own) // len(steps)
+    per_rank = len(everyone) // accelerator.num_processes
+    per_step = per_rank // steps
     shares = []
-    for number in range(len(steps)):
-        starts = range(number * per_step, len(everyone), len(own))  # where this optimizer step begins in each rank's rows
+    for number in range(steps):
+        starts = range(number * per_step, len(everyone), per_rank)  # where this optimizer step begins in each rank's rows
         indices = [start + i for start in starts for i in range(per_step)]
         lengths = [len(everyone[i]) for i in indices]
         plan = plan_micro_batches(lengths, accelerator.num_processes, budget)
@@ -95,15 +105,6 @@ def _micro_batch(everyone: list[Sequence], indices: list[int], device: torch.dev
     counts = [s.response_length for s in sequences]
     advantages = torch.tensor([s.advantage for s in sequences]).repeat_interleave(torch.tensor(counts))
     return MicroBatch(pack(sequences, device), advantages.to(device), indices, counts)
-
-
-def reference_order(lengths: list[int], budget: int) -> list[int]:
-    """The order in which the reference's scoring pass leaves the rows of a rank: micro-batch after micro-batch.
-
-    It restores the order of the log-probabilities but not of the entropies (`verl/workers/actor/dp_actor.py`,
-    `compute_log_prob`), which is why its entropy metric is wrong.
-    """
-    return [i for part in deal(lengths, micro_batches_needed(lengths, 1, budget)) for i in part]
 
 
 def scored_sequences(steps: list[OptimizerStep], count: int) -> tuple[list[Sequence], torch.Tensor]:

@@ -17,11 +17,13 @@ class Sequence:
         ids: `(L,)` token ids, prompt then response, no padding.
         prompt_length: tokens of the prompt, at least 1.
         advantage: of the response.
+        row: place of the response in the rollout step as it was sampled: prompt after prompt, over all ranks.
     """
 
     ids: torch.Tensor
     prompt_length: int
     advantage: float = 0.0
+    row: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -71,12 +73,12 @@ def pack(sequences: list[Sequence], device: torch.device) -> PackedRow:
 
 
 def unpad(batch: dict[str, torch.Tensor]) -> list[Sequence]:
-    """The rows of a TRL batch (`prompt_ids` left-padded, `completion_ids` right-padded, with masks; `advantages`) without the
-    padding."""
+    """The rows of a TRL batch without the padding: `prompt_ids` are left-padded, `completion_ids` right-padded, with masks;
+    beside them `advantages` and `rollout_row`."""
     prompts, responses = batch["prompt_ids"].cpu(), batch["completion_ids"].cpu()
     prompt_masks, response_masks = batch["prompt_mask"].cpu().bool(), batch["completion_mask"].cpu().bool()
-    advantages = batch["advantages"].tolist()
+    advantages, rows = batch["advantages"].tolist(), batch["rollout_row"].tolist()
     return [
-        Sequence(torch.cat([p[pm], r[rm]]), int(pm.sum()), advantage)
-        for p, pm, r, rm, advantage in zip(prompts, prompt_masks, responses, response_masks, advantages, strict=True)
+        Sequence(torch.cat([p[pm], r[rm]]), int(pm.sum()), advantage, row)
+        for p, pm, r, rm, advantage, row in zip(prompts, prompt_masks, responses, response_masks, advantages, rows, strict=True)
     ]

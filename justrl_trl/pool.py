@@ -4,8 +4,8 @@ One request per prompt goes to the least loaded server. A server that dies, hang
 weights loses only its own prompts: they are sent to another one, and it gets none until it is healthy and current again. A
 managed server is started again. What has been received is never asked for twice.
 
-Prompts are given out and taken back in the thread that calls; request threads only report, and probing threads only say which
-server is up.
+Prompts are given out and taken back in the thread that calls `Rollouts.run`; request threads only report, and probing threads
+only say which server is up.
 """
 
 import math
@@ -233,6 +233,7 @@ class Rollouts:
         self._waiting = deque(longest_first)
         self._asked: dict[int, tuple[Member, int]] = {}  # prompt -> who works on it, and which attempt that is
         self._reports: queue.SimpleQueue = queue.SimpleQueue()
+        self.finished: queue.SimpleQueue[int] = queue.SimpleQueue()  # prompts, as their responses come in
 
     @property
     def left(self) -> int:
@@ -242,6 +243,10 @@ class Rollouts:
     def responses(self) -> list[list[int]]:
         """All responses, the n of a prompt side by side."""
         return [ids for group in self._responses for ids in group]
+
+    def group(self, index: int) -> list[list[int]]:
+        """The responses of one finished prompt."""
+        return self._responses[index]
 
     def run(self, on_done: Callable[[int, int], None] = lambda tokens, left: None) -> None:
         """Ask until everything is there. May be called again after `WeightsNeeded`.
@@ -302,6 +307,7 @@ class Rollouts:
         if not isinstance(answer, Exception):
             if self._responses[index] is None:  # else: it was sent elsewhere meanwhile, and that answer was first
                 self._responses[index] = answer
+                self.finished.put(index)
                 member.prompts += 1
                 tokens = sum(map(len, answer))
                 self._pool.learn_length(self._prompts[index], tokens)

@@ -46,7 +46,7 @@ class ServerSpec:
         kv_cache_bytes: KV-cache size on CPU, bytes.
         gpu_memory_utilization: share of the GPU's memory for the server, 0-1.
         gpu: CUDA device index, or None for a CPU server.
-        core: CPU core that a CPU server pins itself to.
+        core: CPU core that a CPU server keeps to, with all its processes.
         weight_backend: `justrl_gloo` or `nccl`.
         seed: engine seed; requests carry their own seeds on top.
         log_path: file that takes the server's output.
@@ -134,7 +134,8 @@ class ManagedServer:
 
     def _start(self) -> subprocess.Popen:
         spec = self.spec
-        guard = [sys.executable, "-m", "justrl_trl.server_guard", str(os.getpid()), "--", *spec.command(self._port)]
+        place = [str(spec.core)] if spec.gpu is None else []
+        guard = [sys.executable, "-m", "justrl_trl.server_guard", str(os.getpid()), *place, "--", *spec.command(self._port)]
         with spec.log_path.open("ab") as log:
             return subprocess.Popen(
                 guard,

@@ -1,9 +1,10 @@
-"""Runs one rollout server and takes it down with its owner: `python -m justrl_trl.server_guard OWNER_PID -- COMMAND...`.
+"""Runs one rollout server and takes it down with its owner: `python -m justrl_trl.server_guard OWNER_PID [CORE] -- COMMAND...`.
 
 However the run ends (normal end, exception, Ctrl-C, SIGTERM, `kill -9` of the trainer), no `finally` block can be relied on
 to stop a server that holds a GPU and a port. So a small process of its own watches the owner's pid: when the owner is gone,
 the server and everything it spawned is terminated, then killed. It sits in its own session, so that Ctrl-C in the terminal
-reaches the trainer alone and the trainer decides.
+reaches the trainer alone and the trainer decides. A server without a GPU is kept on its CORE with all its processes: vLLM
+pins the threads that compute, while its API server and engine would wait busily on the cores of its neighbours.
 """
 
 import ctypes
@@ -72,4 +73,7 @@ def main(owner_pid: int, command: list[str]) -> int:
 
 if __name__ == "__main__":
     separator = sys.argv.index("--")
-    sys.exit(main(int(sys.argv[separator - 1]), sys.argv[separator + 1 :]))
+    owner, *core = map(int, sys.argv[1:separator])
+    if core:
+        os.sched_setaffinity(0, core)  # children inherit it
+    sys.exit(main(owner, sys.argv[separator + 1 :]))

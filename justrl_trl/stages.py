@@ -46,10 +46,14 @@ class StageClock:
         total = time.perf_counter() - self._started
         metrics = {f"seconds/{name}": self.seconds[name] for name in STAGES}
         metrics["seconds/total"] = total
-        metrics["tokens_per_second/generation"] = generated / max(self.seconds["generation"], 1e-9)
+        waited = self.seconds["generation"] + self.seconds["sync"]
+        # scoring that cost no time of its own: generation took this long anyway
+        metrics["seconds/overlapped_scoring"] = self.seconds["overlapped_scoring"]
+        metrics["seconds/generation"] += self.seconds["overlapped_scoring"]
+        metrics["tokens_per_second/generation"] = generated / max(metrics["seconds/generation"], 1e-9)
         metrics["tokens_per_second/training"] = trained / max(self.seconds["training"], 1e-9)
         metrics["tokens_per_second/total"] = generated / total
-        metrics["idle/trainer"] = (self.seconds["generation"] + self.seconds["sync"]) / total
+        metrics["idle/trainer"] = waited / total
         if pool is not None:
             busy = sum(member.busy_seconds for member in pool.members)
             metrics["idle/servers"] = 1 - (busy - self._busy) / (total * len(pool.members))

@@ -29,14 +29,16 @@ from justrl_trl.callbacks import SyncAfterRolloutStep
 from justrl_trl.collectives import StoppedByRankZero, broadcast_ragged, gather_ragged, raise_together
 from justrl_trl.config import JustRLConfig
 from justrl_trl.fused_loss import add_liger_loss, check_dense, check_liger_support
+from justrl_trl.generation import Generation
 from justrl_trl.loss import denominator, normalize, policy_loss
-from justrl_trl.metrics import STEP_SUMS, reduce_once, scoring_sums, step_sums
-from justrl_trl.micro_batches import MicroBatch, OptimizerStep, reference_order, scored_sequences, share_out
+from justrl_trl.metrics import STEP_SUMS, reduce_once, step_sums
+from justrl_trl.micro_batches import MicroBatch, OptimizerStep, exchange, scored_sequences, share_out
 from justrl_trl.optimizer import SkipCounter, is_finite, warmup_schedule
 from justrl_trl.packing import PackedRow, Sequence, pack, unpad
-from justrl_trl.pool import AllServersDown, RolloutPool, Rollouts, WeightsNeeded
+from justrl_trl.pool import RolloutPool, Rollouts
 from justrl_trl.rewards import dapo_reward
 from justrl_trl.rollout import Sampling
+from justrl_trl.scoring import Scores
 from justrl_trl.server import ServerError
 from justrl_trl.stages import StageClock
 from justrl_trl.weight_sync import WeightSync
@@ -98,6 +100,7 @@ class JustRLTrainer(GRPOTrainer):
         if args.loss_backend == "liger":
             check_liger_support(self._base_model, args.cast_lm_head_to_fp32)
             add_liger_loss(self._base_model, *self._clip, temperature=self.temperature)
+        self._scores: Scores | None = None  # of the current rollout step
         self._scoring_sums: torch.Tensor | None = None  # of the current rollout step, reported with its first optimizer step
         self._skipped = SkipCounter(args.max_skipped_steps)
         self.model_accepts_loss_kwargs = False
@@ -107,7 +110,7 @@ class JustRLTrainer(GRPOTrainer):
     # -- sample -------------------------------------------------------------------------------------------------------
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        """Responses to this rank's prompts (TRL's seam between prompt and completion), from the server, via rank 0.
+        """Responses to this rank's prompts (TRL's seam between prompt and completion), from the servers, via rank 0.
 
         Every rank holds each of its prompts `num_generations` times, side by side in rank order; rank 0 asks once for each.
         """
@@ -116,15 +119,32 @@ class JustRLTrainer(GRPOTrainer):
                 raise ValueError("The dataset has images; the JustRL recipe is text only.")
             self._require_current_weights()
             all_prompts = gather_ragged([torch.tensor(ids) for ids in prompt_ids], self.accelerator)
-            rollouts = None
-            if self.accelerator.is_main_process:
-                prompts = [ids.tolist() for ids in all_prompts[::num_generations]]
-                rollouts = Rollouts(self.pool, prompts, self.sampling(num_generations, self.max_completion_length))
-            while not self._run_rollouts(rollouts):
-                self.push_weights()  # only restarted servers are left: all ranks bring them up to date, then it goes on
-            rows = broadcast_ragged(rollouts and rollouts.responses(), len(all_prompts), self.accelerator)
+            rows = self._collect(all_prompts, num_generations)
             start = self.accelerator.process_index * len(prompt_ids)
             return [row.tolist() for row in rows[start : start + len(prompt_ids)]], None
+
+    def _collect(self, prompts: list[torch.Tensor], n: int) -> list[torch.Tensor]:
+        """A response to each of all ranks' `prompts`, on all ranks; what comes early is scored while the rest is sampled.
+
+        Args:
+            prompts: token ids, every prompt `n` times, side by side.
+        """
+        rollouts = None
+        if self.accelerator.is_main_process:
+            rollouts = Rollouts(self.pool, [p.tolist() for p in prompts[::n]], self.sampling(n, self.max_completion_length))
+        early = self.args.score_while_sampling and self.model.training
+        full = self.accelerator.num_processes * self.args.max_tokens_per_micro_batch  # a full micro-batch on every rank
+        rows: dict[int, torch.Tensor] = {}
+        with self.progress_bar(len(prompts) // n) as on_done:
+            generation = Generation(rollouts, n, full if early else None, self.accelerator, on_done)
+            for wave, more in generation.waves(self.push_weights, self.save_before_giving_up):
+                rows |= wave
+                if early and more:
+                    with self.clock.stage("overlapped_scoring"):
+                        self._scores.score(
+                            Sequence(torch.cat([prompts[i], row]), len(prompts[i]), row=i) for i, row in wave.items()
+                        )
+        return [rows[i] for i in range(len(prompts))]
 
     def sampling(self, n: int, max_tokens: int, seed_offset: int = 0) -> Sampling:
         """What a server is asked for; `seed_offset` keeps other samples of a rollout step apart from its rollouts."""
@@ -141,32 +161,11 @@ class JustRLTrainer(GRPOTrainer):
             seed=self.args.seed + (self.rollout_step << 16) + seed_offset,
         )
 
-    def _run_rollouts(self, rollouts: Rollouts | None) -> bool:
-        """Collect what is left of a generation; whether it is complete (False: the servers need weights first).
-
-        Raises:
-            ServerError: when no server comes back. The weights are saved first, so nothing is lost but this generation.
-        """
-        error, complete = None, False
-        if self.accelerator.is_main_process:
-            try:
-                with self.progress_bar(rollouts.left) as on_done:
-                    rollouts.run(on_done)
-                complete = True
-            except WeightsNeeded:
-                pass
-            except ServerError as caught:
-                error = caught
-        complete, gone = broadcast_object_list([complete, isinstance(error, AllServersDown)])
-        if gone:
-            self.save_before_giving_up()
-        raise_together(error, self.accelerator)
-        return complete
-
     @contextmanager
     def progress_bar(self, prompts: int):
-        """In a terminal: prompts done, tokens per second, and how many still run. Yields `on_done(tokens, left)`."""
-        with tqdm(total=prompts, desc="generation", unit="prompt", leave=False, disable=None) as bar:
+        """In rank 0's terminal: prompts done, tokens per second, and how many still run. Yields `on_done(tokens, left)`."""
+        off = None if self.accelerator.is_main_process else True  # None: off where there is no terminal
+        with tqdm(total=prompts, desc="generation", unit="prompt", leave=False, disable=off) as bar:
             tokens = 0
 
             def on_done(count: int, left: int) -> None:
@@ -190,6 +189,7 @@ class JustRLTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         """TRL's generation and scoring, then the reference's advantages: TRL adds 1e-4 to the deviation, verl 1e-6."""
+        self._scores = Scores(self._score, self.accelerator, self.args.max_tokens_per_micro_batch)
         with self.clock.stage("scoring"):
             output = super()._generate_and_score_completions(inputs)
         rows = len(output["advantages"])
@@ -199,6 +199,7 @@ class JustRLTrainer(GRPOTrainer):
         advantages = group_advantages(self._rewards, groups, self.args.advantage_epsilon)
         start = self.accelerator.process_index * rows
         output["advantages"] = advantages[start : start + rows]
+        output["rollout_row"] = torch.arange(start, start + rows)
         for name, value in (("std", advantages.std()), ("max", advantages.max()), ("min", advantages.min())):
             self._metrics[mode][f"advantages/{name}"].append(value.item())
         self._logs["advantages"].extend(advantages.tolist())  # a deque of one rollout step: TRL's own values fall out
@@ -212,7 +213,7 @@ class JustRLTrainer(GRPOTrainer):
         return per_function
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        """TRL's padded scoring pass, in evaluation only: a training batch is scored packed and shared out (`_score_all`)."""
+        """TRL's padded scoring pass, in evaluation only: a training batch is scored packed and shared out (`scoring`)."""
         if self.model.training and not torch.is_grad_enabled():
             return None, None, None
         return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
@@ -230,29 +231,23 @@ class JustRLTrainer(GRPOTrainer):
         if self._step % self.args.optimizer_steps_per_rollout_step == 0:
             batch = shuffle_sequence_dict(self._generate_and_score_completions(generation_batch))
             with self.clock.stage("scoring"):
-                batches = split_tensor_dict(batch, self.args.steps_per_generation)
-                budget = self.args.max_tokens_per_micro_batch
-                self._buffered_inputs = share_out([unpad(one) for one in batches], self.accelerator, budget)
-                self._scoring_sums = self._score_all(self._buffered_inputs)
-                self._measure_gap(self._buffered_inputs)
+                steps = [unpad(one) for one in split_tensor_dict(batch, self.args.steps_per_generation)]
+                everyone = exchange(steps, self.accelerator)
+                self._scores.score(everyone)  # what has not been scored while others were sampled
+                shares = share_out(everyone, len(steps), self.accelerator, self.args.max_tokens_per_micro_batch)
+                self._scores.hand_out(everyone, shares)
+                self._scoring_sums = self._scores.sums(everyone)
+                self._buffered_inputs = shares
+                self._measure_gap(shares)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
     @torch.no_grad()
-    def _score_all(self, steps: list[OptimizerStep]) -> torch.Tensor:
-        """Old log-probabilities of every micro-batch, under the policy that sampled, before the first update.
-
-        Returns:
-            This rank's `SCORING_SUMS`: entropy costs nothing extra here, and the reference logs it here too.
-        """
-        entropies, lengths = {}, {}
+    def _score(self, row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability and entropy `(N,)` of every response token, without gradients. All ranks call it: a ZeRO-3 forward
+        is a collective. It takes the same way through the model as training does: DeepSpeed loses track of an untied head that
+        is called as a module once and read directly later."""
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            for batch in (batch for step in steps for batch in step.micro_batches):
-                batch.old_logps, entropy = self._forward(self.model, batch.row)
-                entropies |= zip(batch.indices, entropy.split(batch.response_lengths), strict=True)
-                lengths |= zip(batch.indices, batch.row.lengths, strict=True)
-        rows = sorted(lengths)
-        order = reference_order([lengths[row] for row in rows], self.args.max_tokens_per_micro_batch)
-        return scoring_sums([entropies[row] for row in rows], order)
+            return self._forward(self.model, row)
 
     def _measure_gap(self, steps: list[OptimizerStep]) -> None:
         """How far the server's probabilities are from the trainer's, on a few responses of this rollout step: samples of a
@@ -403,7 +398,8 @@ class JustRLTrainer(GRPOTrainer):
                     self.save_before_giving_up()
                     raise
                 self._probe = self._probe or self._make_probe()
-                gap = self.weight_sync.gap(self._probe, self._score(self._probe))
+                logps, _ = self._score(pack(self._probe, self.accelerator.device))
+                gap = self.weight_sync.gap(self._probe, logps)
             largest, mean, _ = gap
         self._metrics["train"]["sync/logprob_gap_max"].append(largest)
         self._metrics["train"]["sync/logprob_gap_mean"].append(mean)
@@ -432,14 +428,6 @@ class JustRLTrainer(GRPOTrainer):
             Sequence(torch.cat([torch.tensor(prompt), row.long()]), len(prompt))
             for prompt, row in zip(prompts, rows, strict=True)
         ]
-
-    @torch.no_grad()
-    def _score(self, sequences: list[Sequence]) -> torch.Tensor:
-        """Log-probabilities `(N,)` of all response tokens under the policy. All ranks call it: a ZeRO-3 forward is a
-        collective. It takes the same way through the model as training does: DeepSpeed loses track of an untied head that is
-        called as a module once and read directly later."""
-        logps, _ = self._forward(self.model, pack(sequences, self.accelerator.device))
-        return logps
 
     def _require_current_weights(self) -> None:
         version = None if self.weight_sync is None else self.weight_sync.version

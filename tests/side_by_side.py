@@ -23,7 +23,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from justrl_trl import tiny
+from justrl_trl.collectives import gather_ragged
 from justrl_trl.config import JustRLConfig
+from justrl_trl.packing import Sequence
 from justrl_trl.trainer import JustRLTrainer
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "broadcast_object_list")
@@ -169,6 +171,23 @@ class Untouched(SameResponses, GRPOTrainer):
 class Ours(SameResponses, JustRLTrainer):
     """This package's trainer without a server."""
 
+    waves: list[int] = []  # responses that come early, and are scored before the others are there: how many at a time
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        rows, nothing = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        prompts, responses = (
+            gather_ragged([torch.tensor(ids) for ids in part], self.accelerator) for part in (prompt_ids, rows)
+        )
+        everyone = [
+            Sequence(torch.cat([prompt, ids]), len(prompt), row=i)
+            for i, (prompt, ids) in enumerate(zip(prompts, responses, strict=True))
+        ]
+        random.Random(5).shuffle(everyone)
+        for size in self.waves:
+            self._scores.score(everyone[:size])
+            everyone = everyone[size:]
+        return rows, nothing
+
     def push_weights(self) -> None:
         for name in ("max", "mean"):
             self._metrics["train"][f"sync/logprob_gap_{name}"].append(0.0)
@@ -198,6 +217,7 @@ class Case:
     gradient_checkpointing: bool = False
     bf16: bool = False
     budget: int = 400  # ours: tokens per micro-batch
+    waves: list = field(default_factory=list)  # ours: see `Ours.waves`
     plant_nan_at: dict = field(default_factory=dict)
     changes: dict = field(default_factory=dict)
 
@@ -278,6 +298,7 @@ def build(case: Case, folder: str):
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
+    trainer.waves = case.waves
     trainer.plant_nan_at = {int(step): rank for step, rank in case.plant_nan_at.items()}
     trainer.keep_records()
     return trainer

@@ -39,6 +39,8 @@ CASES = {
     "stock": {"trainer": "stock"},
     "liger": {"trainer": "ours"},
     "trl": {"trainer": "ours", "changes": {"loss_backend": "trl"}},
+    # a wave of one sequence for two ranks, one that fills both, and the rest
+    "waves": {"trainer": "ours", "waves": [1, 20]},
     # one optimizer step per rollout step: the same sequences in it on any number of ranks
     "one step": {"trainer": "ours", "optimizer_steps": 1},
     # rank 1 plants it, both ranks leave the optimizer step out; it is the last one of the warm-up's second rollout step
@@ -81,6 +83,12 @@ def assert_same(ours: dict, other: dict, later: float = 1e-4) -> None:
 def test_gradients_equal_those_of_stock_trl(seen, backend):
     assert len(seen[backend]["gradients"]) == 4
     assert_same(seen[backend], seen["stock"])
+
+
+def test_responses_scored_while_others_are_sampled_train_as_if_scored_at_the_end(seen):
+    """Who scores a response and who trains on it are different ranks; one rank has to repeat a sequence."""
+    assert_same(seen["waves"], seen["stock"])
+    assert seen["waves"]["metrics"][0]["entropy"] == pytest.approx(seen["liger"]["metrics"][0]["entropy"], rel=1e-5)
 
 
 def test_a_tied_head_equals_stock_trl_under_zero3(zero3):

@@ -42,10 +42,15 @@ def test_equal_lengths_are_dealt_in_equal_counts():
     assert {len(part) for part in deal([100] * 64, 16)} == {4}
 
 
-@pytest.mark.parametrize("count", [0, 4])
-def test_a_part_without_a_sequence_is_refused(count):
-    with pytest.raises(ValueError, match=rf"cannot deal 3 sequences into {count} micro-batches"):
-        deal([1, 2, 3], count)
+def test_a_micro_batch_without_a_sequence_is_refused_in_training():
+    with pytest.raises(ValueError, match="cannot deal 3 sequences into 4 micro-batches"):
+        plan_micro_batches([1, 2, 3], ranks=4, budget=10)
+
+
+def test_a_rank_without_a_sequence_of_its_own_repeats_the_shortest():
+    # 7 and 6 fill a micro-batch each; of four ranks two have nothing left but the 6
+    plan = plan_micro_batches([7, 6], ranks=4, budget=7, repeat_shortest=True)
+    assert sorted(plan) == [[[0]], [[1]], [[1]], [[1]]]
 
 
 @pytest.mark.parametrize("seed", range(20))

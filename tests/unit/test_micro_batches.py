@@ -1,11 +1,9 @@
 """A rollout step is shared out whole: every sequence once, in its optimizer step, with its tokens and its advantage."""
 
-import random
-
 import pytest
 import torch
 
-from justrl_trl.micro_batches import reference_order, share_out
+from justrl_trl.micro_batches import exchange, share_out
 
 from .test_packing import random_sequences
 
@@ -14,7 +12,7 @@ from .test_packing import random_sequences
 def test_every_sequence_is_in_its_optimizer_step_with_its_tokens_and_advantage(accelerator, seed):
     sequences = random_sequences(seed, count=24)
     steps = [sequences[i : i + 6] for i in range(0, 24, 6)]
-    shared = share_out(steps, accelerator, budget=80)
+    shared = share_out(exchange(steps, accelerator), 4, accelerator, budget=80)
     for number, (step, own) in enumerate(zip(shared, steps, strict=True)):
         assert step.sequences == 6 and step.tokens == sum(s.response_length for s in own)
         indices = [i for batch in step.micro_batches for i in batch.indices]
@@ -28,23 +26,10 @@ def test_every_sequence_is_in_its_optimizer_step_with_its_tokens_and_advantage(a
             assert batch.tokens == len(batch.advantages) == len(batch.row.scored)
 
 
-def test_the_references_order_is_its_micro_batches_one_after_another():
-    # two micro-batches of at most 10: 9 to the first, 6 and then 3 to the second, 1 to the first (9 and 9: the lower one)
-    assert reference_order([6, 9, 1, 3], budget=10) == [1, 2, 0, 3]
-    assert reference_order([6, 9, 1, 3], budget=100) == [0, 1, 2, 3]  # one micro-batch permutes nothing
-
-
-def test_the_references_order_is_a_permutation():
-    rng = random.Random(0)
-    lengths = [rng.randint(1, 500) for _ in range(64)]
-    order = reference_order(lengths, budget=600)
-    assert sorted(order) == list(range(64)) and order != list(range(64))
-
-
 def test_ids_keep_their_value_on_the_way(accelerator):
     from justrl_trl.packing import Sequence
 
     largest = Sequence(torch.tensor([151935, 0, 7]), 1, advantage=-2.474873734152916)
-    batch = share_out([[largest]], accelerator, budget=3)[0].micro_batches[0]
+    batch = share_out(exchange([[largest]], accelerator), 1, accelerator, budget=3)[0].micro_batches[0]
     assert batch.row.input_ids.tolist() == [[151935, 0, 7]]
     assert batch.advantages.tolist() == pytest.approx([-2.474873734152916] * 2)

@@ -69,6 +69,7 @@ def padded(sequences: list[Sequence], pad: int) -> dict[str, torch.Tensor]:
         "completion_ids": torch.full((len(sequences), response_width), pad),
         "completion_mask": torch.zeros(len(sequences), response_width, dtype=torch.int64),
         "advantages": torch.tensor([s.advantage for s in sequences]),
+        "rollout_row": torch.tensor([s.row for s in sequences]),
     }
     for i, s in enumerate(sequences):
         batch["prompt_ids"][i, prompt_width - s.prompt_length :] = s.ids[: s.prompt_length]
@@ -81,7 +82,9 @@ def padded(sequences: list[Sequence], pad: int) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("seed", range(5))
 def test_unpadding_undoes_padding(seed):
     sequences = random_sequences(seed)
+    for row, one in enumerate(sequences):
+        one.row = 7 * row
     # the pad token is also a token of the first sequence: masks decide, not ids
     for back, original in zip(unpad(padded(sequences, pad=0)), sequences, strict=True):
         assert torch.equal(back.ids, original.ids)
-        assert (back.prompt_length, back.advantage) == (original.prompt_length, original.advantage)
+        assert (back.prompt_length, back.advantage, back.row) == (original.prompt_length, original.advantage, original.row)

@@ -133,3 +133,12 @@ def test_a_server_of_an_owner_that_is_gone_already_is_never_started(tmp_path, ow
     line = [sys.executable, "-m", "justrl_trl.server_guard", str(owner.pid), "--"]
     done = subprocess.run([*line, sys.executable, "-c", f"open({str(marker)!r}, 'w')"], timeout=SECONDS)
     assert done.returncode == 0 and not marker.exists()
+
+
+def test_a_server_keeps_to_its_core_with_everything_it_starts(owner):
+    core = min(os.sched_getaffinity(0))
+    child = "import os; print(os.sched_getaffinity(0))"
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    line = [sys.executable, "-m", "justrl_trl.server_guard", str(owner.pid), str(core), "--"]
+    done = subprocess.run([*line, sys.executable, "-c", program], timeout=SECONDS, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == str({core})

@@ -43,3 +43,16 @@ def test_metrics_add_up_and_the_next_rollout_step_begins():
     assert metrics["servers/live"] == 1
     assert clock.metrics(0, 0, pool)["idle/servers"] == 1.0 and not clock.seconds
     assert "idle/servers" not in clock.metrics(0, 0, None)
+
+
+def test_scoring_inside_generation_takes_no_time_of_its_own_and_is_not_idle():
+    clock = StageClock()
+    with clock.stage("generation"):
+        time.sleep(0.1)
+        with clock.stage("overlapped_scoring"):
+            time.sleep(0.1)
+    metrics = clock.metrics(generated=50, trained=50, pool=None)
+    assert metrics["seconds/generation"] == pytest.approx(0.2, abs=0.03) and metrics["seconds/scoring"] == 0
+    assert metrics["seconds/overlapped_scoring"] == pytest.approx(0.1, abs=0.03)
+    assert metrics["idle/trainer"] == pytest.approx(0.5, abs=0.1)
+    assert metrics["tokens_per_second/generation"] == pytest.approx(250, rel=0.2)

@@ -53,6 +53,15 @@ def test_any_token_budget_gives_the_same_gradient(stock, budget):
     assert_same(run("ours", budget=budget), stock["untied"])
 
 
+def test_scoring_while_others_are_sampled_changes_nothing(stock):
+    assert_same(run("ours", waves=[1, 30]), stock["untied"])
+
+
+def test_what_was_scored_and_is_then_masked_changes_nothing():
+    masked = {"mask_truncated_completions": True}
+    assert_same(run("ours", waves=[40], changes=masked), run("ours", changes=masked))
+
+
 def test_reference_normalization_is_the_same_from_both_kernels_and_another_objective():
     liger, trl, token_mean = (
         run("ours", budget=250, changes={"loss_backend": backend, "loss_normalization": mode})

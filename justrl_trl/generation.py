@@ -1,0 +1,123 @@
+"""From the pool, which rank 0 alone talks to, to every rank: the responses of a rollout step, wave by wave as they finish.
+
+Rank 0 lets the pool work in a thread and passes on what has come back whenever there is enough for every rank to score one full
+micro-batch; the others wait for its word, never longer than `_PATIENCE_SECONDS`, however long the longest response takes.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast
+
+from justrl_trl.collectives import broadcast_ragged, raise_together
+from justrl_trl.pool import AllServersDown, Rollouts, WeightsNeeded
+
+_PATIENCE_SECONDS = 60.0  # far below the deadline of a collective (ddp_timeout, half an hour), far above its cost
+_GOES_ON, _COMPLETE, _NEEDS_WEIGHTS, _FAILED, _SERVERS_GONE = range(5)
+
+Wave = dict[int, torch.Tensor]  # place of a response in the rollout step -> its token ids
+
+
+class Generation:
+    """The responses to the prompts of one rollout step; every method is called on every rank.
+
+    Args:
+        rollouts: on rank 0.
+        responses_per_prompt: n.
+        wave_tokens: response tokens that make a wave; None: nothing is made of them, they come when all are there, or once a
+            minute.
+        accelerator: of the trainer.
+        on_done: called on rank 0 per finished prompt, in another thread, see `Rollouts.run`.
+    """
+
+    def __init__(
+        self,
+        rollouts: Rollouts | None,
+        responses_per_prompt: int,
+        wave_tokens: int | None,
+        accelerator: Accelerator,
+        on_done: Callable[[int, int], None] = lambda tokens, left: None,
+    ):
+        self._rollouts, self._n, self._wave_tokens = rollouts, responses_per_prompt, wave_tokens
+        self._accelerator, self._on_done = accelerator, on_done
+        self._error: Exception | None = None
+        self._runner: threading.Thread | None = None
+
+    def waves(self, push: Callable[[], None], give_up: Callable[[], None]) -> Iterator[tuple[Wave, bool]]:
+        """Yield what has finished since the last time, and whether more is to come.
+
+        Args:
+            push: brings servers up to date when only some with old weights are left; a collective.
+            give_up: called when no server comes back, before the error is raised; a collective.
+
+        Raises:
+            ServerError (rank 0) / StoppedByRankZero (others): no server comes back, or a prompt is refused.
+        """
+        state = _GOES_ON
+        while state != _COMPLETE:
+            done: list[int] = []
+            if self._accelerator.is_main_process:
+                done, state = self._next()
+            state, wave = self._tell(done, state)
+            if state == _NEEDS_WEIGHTS:
+                push()
+                self._runner = None
+            elif state in (_FAILED, _SERVERS_GONE):
+                if state == _SERVERS_GONE:
+                    give_up()
+                raise_together(self._error, self._accelerator)
+            if wave:
+                yield wave, state != _COMPLETE
+
+    def _next(self) -> tuple[list[int], int]:
+        """Rank 0: wait for a wave, for the end, or for as long as the others shall wait."""
+        if self._runner is None:
+            self._error = None
+            self._runner = threading.Thread(target=self._run, daemon=True)
+            self._runner.start()
+        done, tokens, deadline = [], 0, time.monotonic() + _PATIENCE_SECONDS
+        while self._wave_tokens is None or tokens < self._wave_tokens:
+            ended = not self._runner.is_alive()  # asked first: what it has put into the queue by then is all there is
+            try:
+                index = self._rollouts.finished.get(block=not ended, timeout=0.2)
+            except queue.Empty:
+                if ended:
+                    return done, self._how_it_ended()
+                if time.monotonic() > deadline:
+                    break
+                continue
+            done.append(index)
+            tokens += sum(map(len, self._rollouts.group(index)))
+        return done, _GOES_ON
+
+    def _run(self) -> None:
+        try:
+            self._rollouts.run(self._on_done)
+        except Exception as error:  # raised in the main thread, on all ranks
+            self._error = error
+
+    def _how_it_ended(self) -> int:
+        if self._error is None:
+            return _COMPLETE
+        if isinstance(self._error, WeightsNeeded):
+            return _NEEDS_WEIGHTS
+        return _SERVERS_GONE if isinstance(self._error, AllServersDown) else _FAILED
+
+    def _tell(self, done: list[int], state: int) -> tuple[int, Wave]:
+        """Rank 0's state and finished prompts, with their responses, on every rank: one broadcast, and three for a wave."""
+        device = self._accelerator.device
+        state, count = broadcast(torch.tensor([state, len(done)], dtype=torch.int32, device=device)).tolist()
+        if not count:
+            return state, {}
+        prompts = torch.zeros(count, dtype=torch.int32, device=device)
+        if self._accelerator.is_main_process:
+            prompts.copy_(torch.tensor(done, dtype=torch.int32))
+        prompts = broadcast(prompts).tolist()
+        responses = [ids for index in done for ids in self._rollouts.group(index)] if done else None
+        rows = broadcast_ragged(responses, count * self._n, self._accelerator)
+        places = [prompt * self._n + copy for prompt in prompts for copy in range(self._n)]
+        return state, dict(zip(places, rows, strict=True))
