@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from justrl_trl.data import (
 from justrl_trl.optimizer import NonFiniteGradientError
 from justrl_trl.pool import RolloutPool
 from justrl_trl.progress import Waiting
-from justrl_trl.rollout import RolloutClient
+from justrl_trl.rollout import RolloutClient, Unreachable
 from justrl_trl.server import ManagedServer, ServerError, ServerSpec, check_compiler, pick_hardware
 from justrl_trl.tiny import ARITHMETIC, TINY_BASE, arithmetic_problems, tiny_base_folder
 
@@ -203,25 +204,62 @@ def server_spec(model: str, training: JustRLConfig, revision: str | None, log_pa
 
 
 def connect(model: str, training: JustRLConfig, servers: list[ManagedServer]) -> RolloutPool:
-    """The pool of this run: given servers, or managed ones once they are healthy; each serves this model, at sufficient
-    length, with weight transfer on.
+    """The pool of this run: managed servers once they are healthy, or given ones as soon as all of them answer, and without
+    those that do not within `vllm_server_timeout`. Each serves this model, at sufficient length, with weight transfer on.
 
     Raises:
-        ServerError: which of these is not so, and what to do.
+        ServerError: which of these is not so, or that none answers, and what to do.
     """
     for server in servers:
         server.wait(training.vllm_server_timeout, Waiting(f"starting the vLLM server at {server.url}"))
     addresses = [(server.url, server.key) for server in servers] or [(url, None) for url in training.rollout_servers]
     clients = [RolloutClient(url, key, request_seconds=training.request_timeout) for url, key in addresses]
-    for client in clients:
-        check_server(client, model, training)
-    return RolloutPool(
+    missing = wait_for(clients, lambda client: check_server(client, model, training), training.vllm_server_timeout)
+    pool = RolloutPool(
         clients,
         servers,
         max_num_seqs=training.server_max_num_seqs,
         heartbeat_timeout=training.server_heartbeat_timeout,
         wait_seconds=training.server_wait,
     )
+    for member in pool.members:
+        if member.client in missing:
+            pool.lose(member, f"{missing[member.client]} The run starts without it, and uses it when it is there.")
+    pool.require(lambda client: check_server(client, model, training))
+    return pool
+
+
+def wait_for(
+    clients: list[RolloutClient], check: Callable[[RolloutClient], None], seconds: float
+) -> dict[RolloutClient, Unreachable]:
+    """Wait until all servers answer and pass `check`, but no longer than `seconds`.
+
+    Returns:
+        Those that did not answer, and why.
+
+    Raises:
+        ServerError: from `check`; or none of them answered.
+    """
+    missing: dict[RolloutClient, Unreachable | None] = dict.fromkeys(clients)
+    started, told = time.monotonic(), Waiting("waiting for rollout servers")
+    while True:
+        for client in list(missing):
+            try:
+                check(client)
+                del missing[client]
+            except Unreachable as error:  # not up yet, perhaps
+                missing[client] = error
+        waited = time.monotonic() - started
+        if not missing or waited > seconds:
+            break
+        told(waited)
+        time.sleep(1)
+    if len(missing) == len(clients):
+        raise ServerError(
+            f"No rollout server answered within vllm_server_timeout={seconds:.0f} s: "
+            f"{' '.join(str(error) for error in missing.values())} Start them with recipes/serve.py, or check the addresses."
+        )
+    return missing
 
 
 def check_server(client: RolloutClient, model: str, training: JustRLConfig) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from justrl_trl.rollout import RequestRefused, RolloutClient, Sampling
+from justrl_trl.rollout import RequestRefused, RolloutClient, Sampling, Unreachable
 from justrl_trl.server import ManagedServer, ServerError
 
 LIVE, STALE, DOWN = "live", "stale", "down"
@@ -102,6 +102,7 @@ class RolloutPool:
         self._updates = 0  # begun and ended; odd during a push, when what a probe sees of versions means nothing
         self._heartbeat, self._heartbeat_timeout = heartbeat_seconds, heartbeat_timeout
         self._lengths: dict[int, float] = {}  # response tokens seen per prompt, for the order of dispatch
+        self._checks: list[Callable[[RolloutClient], None]] = []
         self._closed = threading.Event()
         for member in self.members:
             threading.Thread(target=self._probe_forever, args=(member,), daemon=True).start()
@@ -143,11 +144,23 @@ class RolloutPool:
         """Live and stale members: those a push can include."""
         return [member for member in self.members if member.state != DOWN]
 
+    def require(self, check: Callable[[RolloutClient], None]) -> None:
+        """Only servers that pass come back after they were out: whoever started one again may have started another one.
+
+        Args:
+            check: raises `ServerError` for a server that this run cannot use.
+        """
+        self._checks.append(check)
+
     def lose(self, member: Member, why: Exception | str) -> None:
         """No more prompts for this one until a probe finds it healthy."""
         if member.state != DOWN:
-            member.state, member.why, member.failures = DOWN, str(why), member.failures + 1
-            self.say(f"rollout server {member.url} is out: {member.why}")
+            member.state, member.failures = DOWN, member.failures + 1
+            self._say_out(member, why)
+
+    def _say_out(self, member: Member, why: Exception | str) -> None:
+        member.why = str(why)
+        self.say(f"rollout server {member.url} is out: {member.why}")
 
     @contextmanager
     def update(self):
@@ -203,11 +216,16 @@ class RolloutPool:
             updates = self._updates
             try:
                 version, error = member.client.health(self._heartbeat_timeout), None
+                if member.state == DOWN:
+                    for check in self._checks:
+                        check(member.client)
             except ServerError as caught:
                 version, error = None, caught
             if updates % 2 or updates != self._updates:
                 continue  # a push was under way
             if error is not None:
+                if member.state == DOWN and not isinstance(error, Unreachable) and member.why != str(error):
+                    self._say_out(member, error)  # up again, but not what this run needs
                 self.lose(member, error)
             elif member.state == DOWN:
                 member.state = LIVE if version == self.version else STALE

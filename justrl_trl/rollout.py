@@ -42,6 +42,10 @@ class RequestRefused(ServerError):
     """The request itself is at fault: no server will take it."""
 
 
+class Unreachable(ServerError):
+    """Nothing answers at that address, or not in time: the server may be down, or not up yet."""
+
+
 class RolloutClient:
     """HTTP client of one server; used on rank 0 only.
 
@@ -175,11 +179,11 @@ class RolloutClient:
                 session.headers["Authorization"] = f"Bearer {self.key}"
                 answer = session.request(method, self.url + path, json=body, timeout=deadlines)
         except requests.Timeout as error:
-            raise ServerError(
+            raise Unreachable(
                 f"{where} did not answer within {deadlines[1]:.0f} s. The server hangs or is overloaded: see its log."
             ) from error
         except requests.RequestException as error:
-            raise ServerError(
+            raise Unreachable(
                 f"{where} cannot be reached ({type(error).__name__}). The rollout server has died or was never there: see "
                 "its log (for a managed server: vllm_server.log in the run folder)."
             ) from error

@@ -13,6 +13,7 @@ from justrl_trl.collectives import raise_together
 from justrl_trl.packing import Sequence
 from justrl_trl.policy_weights import PolicyWeights
 from justrl_trl.pool import LIVE, STALE, AllServersDown, RolloutPool
+from justrl_trl.rollout import RolloutClient
 from justrl_trl.server import ServerError
 from justrl_trl.vllm_plugin import BACKEND as GLOO_BACKEND
 from justrl_trl.weight_senders import SENDERS, PushBroken
@@ -120,19 +121,29 @@ class WeightSync:
 
 
 def _agreed(pool: RolloutPool) -> tuple[torch.dtype, str]:
-    """Weight dtype and transfer backend of the servers, which must be the same everywhere."""
-    seen = {}
-    for member in pool.members:
-        config = member.client.vllm_config()
-        backend = (config.get("weight_transfer_config") or {}).get("backend")
-        if backend not in SENDERS:
-            raise ServerError(
-                f"The server at {member.url} has weight transfer backend {backend!r}; this trainer can feed "
-                f"{sorted(SENDERS)}. Start it with --weight-transfer-config "
-                f'\'{{"backend": "{GLOO_BACKEND}"}}\' (any machine) or \'{{"backend": "nccl"}}\' (a GPU of its own).'
-            )
-        seen[member.url] = (config["model_config"]["dtype"].removeprefix("torch."), backend)
+    """Weight dtype and transfer backend of the servers, which must be the same everywhere, also where one joins later."""
+    pool.wait_for_one((LIVE, STALE))
+    seen = {member.url: _weights_wanted(member.client) for member in pool.reachable()}
     if len(set(seen.values())) > 1:
         raise ServerError(f"The servers differ in weight dtype or transfer backend: {seen}. One push cannot feed them all.")
-    dtype, backend = next(iter(seen.values()))
-    return getattr(torch, dtype), backend
+    agreed = next(iter(seen.values()))
+
+    def check(client: RolloutClient) -> None:
+        if _weights_wanted(client) != agreed:
+            raise ServerError(f"{client.url} takes weights as {_weights_wanted(client)}, the other servers as {agreed}.")
+
+    pool.require(check)
+    return getattr(torch, agreed[0]), agreed[1]
+
+
+def _weights_wanted(client: RolloutClient) -> tuple[str, str]:
+    """Dtype name and transfer backend of one server."""
+    config = client.vllm_config()
+    backend = (config.get("weight_transfer_config") or {}).get("backend")
+    if backend not in SENDERS:
+        raise ServerError(
+            f"The server at {client.url} has weight transfer backend {backend!r}; this trainer can feed {sorted(SENDERS)}. "
+            f'Start it with --weight-transfer-config \'{{"backend": "{GLOO_BACKEND}"}}\' (any machine) or '
+            '\'{"backend": "nccl"}\' (a GPU of its own).'
+        )
+    return config["model_config"]["dtype"].removeprefix("torch."), backend

@@ -79,7 +79,8 @@ def test_a_server_that_is_not_there_is_refused(recipe):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    refused(recipe("--vllm_server_base_url", f"http://127.0.0.1:{port}"), str(port), "cannot be reached")
+    address = f"http://127.0.0.1:{port}"
+    refused(recipe("--vllm_server_base_url", address, "--vllm_server_timeout", "2"), str(port), "cannot be reached", "serve.py")
 
 
 def test_a_port_in_use_is_refused(recipe):

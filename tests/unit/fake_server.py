@@ -7,14 +7,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class FakeServer:
-    """Serves `answer(method, path, body) -> (status, value)` on a free port of 127.0.0.1 until closed.
+    """Serves `answer(method, path, body) -> (status, value)` on 127.0.0.1, on a free port unless one is given, until closed.
 
     Attributes:
         url: base URL.
         requests: (method, path, body, headers) of every request, in order of arrival.
     """
 
-    def __init__(self, answer: Callable[[str, str, dict | None], tuple[int, object]]):
+    def __init__(self, answer: Callable[[str, str, dict | None], tuple[int, object]], port: int = 0):
         fake = self
         self.requests: list[tuple[str, str, dict | None, dict]] = []
 
@@ -43,7 +43,7 @@ class FakeServer:
         class Server(ThreadingHTTPServer):
             request_queue_size = 256  # as many may connect at once; the default of 5 resets the rest
 
-        self._http = Server(("127.0.0.1", 0), Handler)
+        self._http = Server(("127.0.0.1", port), Handler)
         self._http.daemon_threads = True
         self._http.block_on_close = False
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
