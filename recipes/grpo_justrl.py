@@ -102,6 +102,9 @@ def main() -> None:
         last = get_last_checkpoint(folder.path)
         say(table_lines(summary, folder, Path(last) if last else None))
         pool.close()
+    # together: the launcher ends all ranks when one of them fails, and one can, leaving with the group's threads at work
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

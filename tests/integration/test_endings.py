@@ -51,12 +51,15 @@ def test_an_interrupted_run_leaves_nothing_behind(launch, tmp_path, how):
 
 
 def test_a_killed_managed_server_is_started_again_and_the_run_goes_on(launch, tmp_path):
-    """Killed is its guard, the harder case: the kernel and vLLM's own processes must clear the port without it."""
-    run = training(launch, tmp_path, "--num_rollout_steps", "12", "--warmup_rollout_steps", "0")
+    """Killed is its guard, the harder case: the kernel and vLLM's own processes must clear the port without it. Ranks score
+    while it samples."""
+    overlap = ("--score_while_sampling", "True", "--max_tokens_per_micro_batch", "1024")
+    run = training(launch, tmp_path, "--num_rollout_steps", "12", "--warmup_rollout_steps", "0", *overlap)
     next(p for p in run.alive() if "server_guard" in " ".join(p.cmdline())).kill()
     assert run.wait(400) == 0, run.output()[-4000:]
     assert "is started again" in run.output() and "rollout step 12/12" in run.output()
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+    assert all(row["seconds/overlapped_scoring"] > 0 for row in rows)
     assert len(rows) == 12 and max(row["sync/logprob_gap_mean"] for row in rows) < 0.05  # never on the checkpoint's weights
     wait_until(lambda: not run.alive(), 30, "the end of everything")
 

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+import uuid
 
 import psutil
 import pytest
@@ -17,7 +20,7 @@ from justrl_trl.rollout import RolloutClient
 from justrl_trl.weight_sync import WeightSync
 from tests.unit.fake_server import FakeServer
 
-from .conftest import pool_of, start
+from .conftest import ROOT, pool_of, start
 from .test_server import IDS, PROBE, sampling, trainer_logps
 
 pytestmark = pytest.mark.timeout(900)
@@ -28,9 +31,12 @@ LONG = sampling(n=4, max_tokens=200)
 
 @pytest.fixture(scope="module")
 def processes(base, tmp_path_factory):
-    """Two servers of the tiny base, a core each."""
+    """Two servers of the tiny base, a core each, with one key."""
     logs = tmp_path_factory.mktemp("pair")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("JUSTRL_SERVER_KEY", uuid.uuid4().hex)
     pair = [start(base, logs / f"{i}.log", core=i) for i in range(2)]
+    patch.undo()
     try:
         for server in pair:
             server.wait(600)
@@ -138,6 +144,59 @@ def test_a_trainer_that_dies_in_a_push_leaves_servers_that_the_next_one_can_use(
     assert right(pair.generate(PROMPTS, LONG)), "an open update stops nobody"
     sync_of(model, pair).push("2")  # knows nothing of the first one
     assert [m.client.weight_version() for m in pair.members] == ["2", "2"]
+
+
+DYING_TRAINER = """
+import sys, time
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM
+from justrl_trl.rollout import RolloutClient
+from tests.integration.test_pool import sync_of
+from justrl_trl.pool import RolloutPool
+
+base, marker, *urls = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+pool = RolloutPool([RolloutClient(url) for url in urls])
+sync = sync_of(model, pool)
+sync.push("before")
+stream = sync._weights._stream
+def slowly():
+    for number, pair in enumerate(stream()):
+        if number == 5:
+            Path(marker).touch()
+            time.sleep(600)
+        yield pair
+sync._weights._stream = slowly
+with torch.no_grad():
+    model.lm_head.weight.add_(1.0)
+sync.push("broken")
+"""
+
+
+def test_a_trainer_killed_in_the_middle_of_a_push_leaves_servers_that_the_next_one_can_use(
+    pair, model, base, processes, tmp_path
+):
+    """kill -9 with some of the weights sent: both servers go on with what they had, and take the next trainer's."""
+    marker = tmp_path / "half way"
+    env = {**os.environ, "JUSTRL_SERVER_KEY": processes[0].key, "PYTHONPATH": str(ROOT)}
+    urls = [server.url for server in processes]
+    trainer = subprocess.Popen([sys.executable, "-c", DYING_TRAINER, str(base), str(marker), *urls], env=env)
+    try:
+        wait(lambda: marker.exists() or trainer.poll() is not None, 120, "the push begins")
+        assert trainer.poll() is None
+    finally:
+        trainer.kill()
+        trainer.wait()
+    pair.current(pair.members, "before")
+    assert [m.client.weight_version() for m in pair.members] == ["before", "before"]
+    assert right(pair.generate(PROMPTS, LONG)), "half a push stops nobody"
+    sync = sync_of(model, pair)
+    sync.push("2")
+    assert [m.client.weight_version() for m in pair.members] == ["2", "2"]
+    logps = trainer_logps(model, IDS).tolist()
+    for member in pair.members:
+        assert max(abs(a - b) for a, b in zip(member.client.prompt_logprobs(IDS), logps, strict=True)) < 0.1
 
 
 class Proxy:
