@@ -1,8 +1,15 @@
-"""Two things that ranks say to each other besides gradients: ragged token rows, and "I failed, so we all stop"."""
+"""What ranks say to each other besides gradients: ragged token rows, "I am still at it", and "I failed, so we all stop"."""
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast, broadcast_object_list
+
+PATIENCE_SECONDS = 60.0  # far below the deadline of a collective (ddp_timeout, half an hour), far above its cost
+T = TypeVar("T")
 
 
 class StoppedByRankZero(RuntimeError):
@@ -61,3 +68,33 @@ def raise_together(error: Exception | None, accelerator: Accelerator) -> None:
     message = broadcast_object_list([None])[0]
     if message is not None:
         raise StoppedByRankZero(message)
+
+
+def on_rank_zero(work: Callable[[], T], accelerator: Accelerator) -> T:
+    """What `work()` returns on rank 0, on every rank, however long it takes: no collective waits longer than a minute.
+
+    Args:
+        work: called in a thread; its result is pickled, so keep it small.
+
+    Raises:
+        what it raises on rank 0, `StoppedByRankZero` elsewhere.
+    """
+    outcome: list = [None, None]  # result, error
+
+    def run() -> None:
+        try:
+            outcome[0] = work()
+        except Exception as error:  # raised on all ranks
+            outcome[1] = error
+
+    thread = None
+    if accelerator.is_main_process:
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+    at_it = True
+    while at_it:
+        if thread is not None:
+            thread.join(PATIENCE_SECONDS)
+        at_it = bool(broadcast(torch.tensor([thread is not None and thread.is_alive()], device=accelerator.device))[0])
+    raise_together(outcome[1], accelerator)
+    return broadcast_object_list([outcome[0]])[0]

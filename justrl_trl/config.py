@@ -8,14 +8,13 @@ many. And the batch is given whole (2,048 responses), not per device, so one rec
 import os
 from dataclasses import dataclass, field
 
-import torch
 from trl import GRPOConfig
 
-_HF_DEFAULTS = {"max_steps": -1, "save_steps": 500, "logging_steps": 10, "warmup_steps": 0}
+from justrl_trl.config_rules import Rules
 
 
 @dataclass
-class JustRLConfig(GRPOConfig):
+class JustRLConfig(Rules, GRPOConfig):
     """Training arguments of the JustRL recipe. Every default below is the reference's (paper Table 2 or its script).
 
     Fields that TRL has keep TRL's name and meaning. `max_steps`, `save_steps`, `logging_steps`, `warmup_steps`,
@@ -94,6 +93,21 @@ class JustRLConfig(GRPOConfig):
             "computes). 'token_mean': one global token mean per optimizer step.",
             "choices": ["reference", "token_mean"],
         },
+    )
+    verifier: str = field(
+        default="strict",
+        metadata={
+            "help": "Who pays +1 or -1: 'strict' (the recipe: the last box equals the answer character by character) or "
+            "'robust' (an ablation: the evaluation grader's rules, equivalent forms count).",
+            "choices": ["strict", "robust"],
+        },
+    )
+    overlong_buffer_length: int = field(
+        default=0,
+        metadata={"help": "An ablation: responses are penalised over the last so many tokens of the limit; 0: not at all."},
+    )
+    overlong_penalty_factor: float = field(
+        default=1.0, metadata={"help": "Penalty at the limit, where overlong_buffer_length is not 0."}
     )
     loss_backend: str = field(
         default="liger",
@@ -191,6 +205,31 @@ class JustRLConfig(GRPOConfig):
         },
     )
 
+    # validation on benchmarks, on the rollout servers with sampling of its own (script: before training, every 50, at the end)
+    validation_benchmarks: str | None = field(
+        default=None,
+        metadata={"help": "Comma list as in recipes/evaluate.py, e.g. aime24,aime25,amc23; default: no validation."},
+    )
+    validation_every: int = field(
+        default=50, metadata={"help": "Rollout steps between validations; one comes before the first and one after the last."}
+    )
+    validation_samples: int | None = field(
+        default=None, metadata={"help": "Responses per problem; default: the paper's, 32 for small benchmarks and 4 for large."}
+    )
+    validation_max_new_tokens: int = field(default=31744, metadata={"help": "Response tokens at most, in validation."})
+    validation_temperature: float = field(default=0.7, metadata={"help": "Sampling temperature of validation."})
+    validation_top_p: float = field(default=0.9, metadata={"help": "Top-p of validation."})
+    validation_grader: str = field(
+        default="math_verify",
+        metadata={
+            "help": "math_verify (the reference's, and the paper's Figure 1) or rule (the paper's tables).",
+            "choices": ["math_verify", "rule"],
+        },
+    )
+    validation_data_dir: str | None = field(
+        default=None, metadata={"help": "Folder with <NAME>/test.parquet for the benchmarks; default: from the Hub."}
+    )
+
     # what is recorded
     num_completions_to_save: int = field(
         default=4,
@@ -212,8 +251,7 @@ class JustRLConfig(GRPOConfig):
         self._derive_batch(world_size)
         self._derive_steps()
         self._derive_hardware(world_size)
-        if self.vllm_max_model_length is None:
-            self.vllm_max_model_length = self.max_prompt_length + self.max_completion_length
+        self._derive_context()
         super().__post_init__()
         self._accumulate_in_float32()
         self._check_lengths()
@@ -231,168 +269,3 @@ class JustRLConfig(GRPOConfig):
     def rollout_step(self, global_step: int) -> int:
         """Finished rollout steps after `global_step` optimizer steps."""
         return global_step // self.optimizer_steps_per_rollout_step
-
-    def _check_fixed_choices(self) -> None:
-        fixed = {
-            "beta": (0.0, "the recipe has no KL term, and no reference model is loaded"),
-            "use_vllm": (True, "rollouts always come from a vLLM server; a CPU is enough for one"),
-            "vllm_mode": ("server", "colocated engines are not part of this design"),
-            "vllm_importance_sampling_correction": (
-                False,
-                "the reference trains without it, and no rollout logprobs are fetched",
-            ),
-            "gradient_accumulation_steps": (1, "micro-batches are cut by tokens: use max_tokens_per_micro_batch"),
-            "lr_scheduler_type": (
-                "constant",
-                "the reference's schedule is constant after warm-up: use warmup_rollout_steps",
-            ),
-            "importance_sampling_level": ("token", "the reference's ratio is per token"),
-            "scale_rewards": ("group", "the reference divides by the group's standard deviation"),
-            "top_entropy_quantile": (1.0, "the recipe trains on every token"),
-            "entropy_coef": (0.0, "the recipe has no entropy bonus"),
-            "use_adaptive_entropy": (False, "the recipe has no entropy bonus"),
-            "loss_type": ("dapo", "the training step is this package's own: use loss_normalization"),
-            "multi_objective_aggregation": ("sum_then_normalize", "advantages come from the sum of the rewards"),
-            "off_policy_mask_threshold": (None, "the recipe trains on every token"),
-            "sync_ref_model": (False, "there is no reference model"),
-            "use_liger_kernel": (False, "TRL 1.16 has no Liger loss behind it, and its layer patches are deprecated"),
-            "save_strategy": ("steps", "checkpoints lie between rollout steps: use save_rollout_steps"),
-            "temperature": (
-                1.0,
-                "the reference trains at 1, and trainer and server are compared at 1 after every push",
-            ),
-            "trust_remote_code": (False, "it would run code from the Hub, which the recipe's models do not need"),
-        }
-        for name, (value, reason) in fixed.items():
-            given = getattr(self, name)
-            if getattr(given, "value", given) != value:
-                raise ValueError(f"{name}={given!r} is not supported: {reason}. Leave it at {value!r}.")
-
-    def _gather_servers(self) -> None:
-        if self.vllm_server_base_url:
-            if self.rollout_servers not in (None, [self.vllm_server_base_url]):
-                raise ValueError(
-                    f"rollout_servers={self.rollout_servers} and vllm_server_base_url={self.vllm_server_base_url!r} name "
-                    "different servers. Give all of them as rollout_servers."
-                )
-            self.rollout_servers = [self.vllm_server_base_url]
-        for url in self.rollout_servers or ():
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"rollout_servers: {url!r} is not an address. Write it as http://HOST:PORT.")
-        if len(set(self.rollout_servers or ())) < len(self.rollout_servers or ()):
-            raise ValueError(f"rollout_servers={self.rollout_servers} names a server twice. Give each once.")
-
-    def _check_ranges(self) -> None:
-        least = {"generation_batch_size": 1, "steps_per_generation": 1, "num_generations": 2, "num_iterations": 1}
-        least |= {"num_rollout_steps": 1, "warmup_rollout_steps": 0, "save_rollout_steps": 0}
-        least |= {
-            "max_skipped_steps": 1,
-            "managed_servers": 1,
-            "gap_responses": 0,
-            "max_prompt_length": 1,
-            "max_completion_length": 1,
-            "heldout_generations": 1,
-            "num_completions_to_save": 0,
-        }
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < minimum:
-                raise ValueError(
-                    f"{name}={value!r} makes no sense: it counts something. Give an integer of at least {minimum}."
-                )
-        for name, known in (("loss_normalization", ("reference", "token_mean")), ("loss_backend", ("liger", "trl"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Use {known[0]!r} or {known[1]!r}.")
-        if self.delta is None or self.delta <= 1 + self.epsilon_high:
-            raise ValueError(
-                f"delta={self.delta} must lie above 1 + epsilon_high = {1 + self.epsilon_high:g}: it bounds ratios that the "
-                "upper clip lets through. The reference uses 10; for no dual clip give a large number."
-            )
-
-    def _derive_batch(self, world_size: int) -> None:
-        shares = self.steps_per_generation * world_size
-        if self.generation_batch_size % shares:
-            lower = self.generation_batch_size // shares * shares
-            examples = f"{lower} or {lower + shares}" if lower else f"{shares}"
-            raise ValueError(
-                f"generation_batch_size={self.generation_batch_size} does not divide into {self.steps_per_generation} "
-                f"optimizer steps x {world_size} ranks = {shares} equal shares. Use a multiple of {shares} (for example "
-                f"{examples}), or another number of ranks."
-            )
-        if self.generation_batch_size % self.num_generations:
-            raise ValueError(
-                f"generation_batch_size={self.generation_batch_size} does not hold whole groups of num_generations="
-                f"{self.num_generations}. Advantages need full groups: use a multiple of {self.num_generations}."
-            )
-        rows = self.generation_batch_size // shares
-        if self.per_device_train_batch_size not in (None, rows):
-            raise ValueError(
-                f"per_device_train_batch_size={self.per_device_train_batch_size} contradicts generation_batch_size="
-                f"{self.generation_batch_size} over {world_size} ranks, which gives {rows}. Leave it unset."
-            )
-        # TRL takes one of the two sizes and derives the other from the per-device batch
-        self.per_device_train_batch_size, self.generation_batch_size = rows, None
-
-    def _derive_steps(self) -> None:
-        per_rollout = self.optimizer_steps_per_rollout_step
-        derived = {
-            "max_steps": (self.num_rollout_steps * per_rollout, "num_rollout_steps"),
-            "save_steps": ((self.save_rollout_steps or self.num_rollout_steps) * per_rollout, "save_rollout_steps"),
-            "logging_steps": (per_rollout, "nothing: metrics are logged once per rollout step"),
-            "warmup_steps": (0, "warmup_rollout_steps"),
-        }
-        for name, (value, instead) in derived.items():
-            given = getattr(self, name)
-            if given not in (value, _HF_DEFAULTS[name]):
-                raise ValueError(
-                    f"{name}={given} counts optimizer steps, of which a rollout step has {per_rollout}. Here a run is laid out "
-                    f"in rollout steps: use {instead} instead."
-                )
-            setattr(self, name, value)
-
-    def _derive_hardware(self, world_size: int) -> None:
-        if self.score_while_sampling is None:
-            self.score_while_sampling = torch.cuda.is_available() and not self.full_determinism
-        if torch.cuda.is_available():
-            self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
-            if self.tf32 is None and self.bf16 and torch.cuda.get_device_capability()[0] >= 8:
-                self.tf32 = True  # Liger's backward multiplies in float32 also in a bf16 run, several times slower without
-            return
-        # Without a GPU: float32, as the plan says (a recipe's bf16 is for its GPUs), and gloo
-        self.bf16 = False
-        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-            self._prepare_deepspeed_on_cpu()
-        elif world_size > 1 and "LOCAL_RANK" in os.environ:
-            self.use_cpu = True  # without it accelerate leaves every rank alone with its own model
-        if world_size > 1:
-            self.ddp_backend = self.ddp_backend or "gloo"
-
-    def _prepare_deepspeed_on_cpu(self) -> None:
-        if self.use_cpu:
-            raise ValueError(
-                "use_cpu=True makes accelerate drop DeepSpeed without a word. Leave it off: a CPU is found by itself."
-            )
-        import deepspeed.ops
-
-        # On CPU, DeepSpeed would compile a shared-memory all-reduce for minutes that only its inference engine calls
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-    def _accumulate_in_float32(self) -> None:
-        # With bf16 ZeRO-3 would add up and reduce gradients of micro-batches in bf16; the reference does both in float32
-        if self.deepspeed_plugin is not None:
-            engine = self.deepspeed_plugin.deepspeed_config
-            engine.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-            engine.setdefault("communication_data_type", "fp32")
-
-    def _check_lengths(self) -> None:
-        full = self.max_prompt_length + self.max_completion_length
-        if self.vllm_max_model_length < full:
-            raise ValueError(
-                f"vllm_max_model_length={self.vllm_max_model_length} cannot hold max_prompt_length + max_completion_length = "
-                f"{self.max_prompt_length} + {self.max_completion_length} = {full} tokens. Leave it unset."
-            )
-        if self.max_tokens_per_micro_batch < full:
-            raise ValueError(
-                f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} cannot hold one full sequence of "
-                f"max_prompt_length + max_completion_length = {full} tokens. Use at least {full}."
-            )

@@ -1,10 +1,13 @@
-"""`dynamics.png`: the run at a glance, laid out like Figure 2 of the paper (entropy, reward, response length)."""
+"""`dynamics.png`: the run at a glance, laid out like Figure 2 of the paper (entropy, reward, response length), and Figure 1
+(validation) where there is any."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 _BLUE, _GREY, _RED = "#1f5fa8", "#9db4cf", "#c0392b"
+_PAPER_BENCHMARK = "aime24"  # of Figure 1
 _PANELS = (
     ("entropy", "Policy entropy", "nats per token"),
     ("reward", "Mean reward", "-1 wrong ... +1 right"),
@@ -12,27 +15,32 @@ _PANELS = (
 )
 
 
-def plot_dynamics(rows: list[dict], heldout: list[dict], path: Path) -> None:
-    """Draw the three panels; raw values in grey, a running mean in blue, held-out accuracy as red dots on the reward.
+def plot_dynamics(
+    rows: list[dict], heldout: list[dict], path: Path, validation: Sequence[dict] = (), paper: Mapping[int, float] | None = None
+) -> None:
+    """Draw the three panels, and a fourth of the benchmarks' avg@N; raw values in grey, a running mean in blue, held-out
+    accuracy as red dots on the reward.
 
     Args:
         rows: `metrics.jsonl`, one dict per rollout step.
         heldout: `heldout.jsonl`.
         path: PNG to write (replaced atomically); nothing is written while there is nothing to draw.
+        validation: `validation.jsonl`.
+        paper: the paper's AIME 2024 avg@32 in percent by rollout step (Figure 1), drawn beside our own.
     """
     if not rows:
         return
-    figure = Figure(figsize=(13, 3.9), layout="constrained")
-    for axis, (name, title, unit) in zip(figure.subplots(1, 3), _PANELS, strict=True):
+    panels = 4 if validation else 3
+    figure = Figure(figsize=(13 / 3 * panels, 3.9), layout="constrained")
+    axes = figure.subplots(1, panels)
+    if validation:
+        _draw_validation(axes[3], validation, paper or {})
+    for axis, (name, title, unit) in zip(axes, _PANELS, strict=False):
         points = [(row["rollout_step"], row[name]) for row in rows if row.get(name) is not None]
         steps, values = zip(*points, strict=True) if points else ((), ())
         axis.plot(steps, values, color=_GREY, linewidth=1, marker="o" if len(values) < 3 else None)
         axis.plot(steps, running_mean(values, max(1, len(values) // 12)), color=_BLUE, linewidth=2.2)
-        axis.set_title(title, fontsize=12)
-        axis.set_xlabel("rollout step")
-        axis.set_ylabel(unit)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
+        _dress(axis, title, unit)
         if name == "reward":
             _mark_heldout(axis, heldout)
         if name == "completions/mean_length":
@@ -40,6 +48,32 @@ def plot_dynamics(rows: list[dict], heldout: list[dict], path: Path) -> None:
     temporary = path.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=130)
     temporary.replace(path)
+
+
+def _dress(axis, title: str, unit: str) -> None:
+    axis.set_title(title, fontsize=12)
+    axis.set_xlabel("rollout step")
+    axis.set_ylabel(unit)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_validation(axis, validation: Sequence[dict], paper: Mapping[int, float]) -> None:
+    """A line per benchmark with its standard error; the paper's AIME 2024 dotted, a little further than this run has come."""
+    _dress(axis, "Validation", "avg@N, %")
+    last = max(row["rollout_step"] for row in validation)
+    for name in dict.fromkeys(row["benchmark"] for row in validation):
+        own = [row for row in validation if row["benchmark"] == name]
+        steps, values = [row["rollout_step"] for row in own], [100 * row["avg"] for row in own]
+        (line,) = axis.plot(steps, values, marker="o", markersize=4, linewidth=1.6, label=f"{name} avg@{own[0]['samples']}")
+        errors = [100 * (row["stderr"] or 0.0) for row in own]
+        low, high = ([v + side * e for v, e in zip(values, errors, strict=True)] for side in (-1, 1))
+        axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        reached = {step: value for step, value in sorted(paper.items()) if step <= max(1.2 * last, 500)}
+        if name == _PAPER_BENCHMARK and reached:
+            axis.plot(*zip(*reached.items(), strict=True), ":", color=line.get_color(), linewidth=1.8, label="paper, Figure 1")
+    axis.set_ylim(0, 1.35 * axis.get_ylim()[1])  # room for the legend above the curves
+    axis.legend(frameon=False, loc="upper left", fontsize=9)
 
 
 def running_mean(values, window: int) -> list[float]:

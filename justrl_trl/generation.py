@@ -1,7 +1,7 @@
 """From the pool, which rank 0 alone talks to, to every rank: the responses of a rollout step, wave by wave as they finish.
 
 Rank 0 lets the pool work in a thread and passes on what has come back whenever there is enough for every rank to score one full
-micro-batch; the others wait for its word, never longer than `_PATIENCE_SECONDS`, however long the longest response takes.
+micro-batch; the others wait for its word, never longer than `PATIENCE_SECONDS`, however long the longest response takes.
 """
 
 import queue
@@ -13,10 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 
-from justrl_trl.collectives import broadcast_ragged, raise_together
+from justrl_trl.collectives import PATIENCE_SECONDS, broadcast_ragged, raise_together
 from justrl_trl.pool import AllServersDown, Rollouts, WeightsNeeded
 
-_PATIENCE_SECONDS = 60.0  # far below the deadline of a collective (ddp_timeout, half an hour), far above its cost
 _GOES_ON, _COMPLETE, _NEEDS_WEIGHTS, _FAILED, _SERVERS_GONE = range(5)
 
 Wave = dict[int, torch.Tensor]  # place of a response in the rollout step -> its token ids
@@ -44,6 +43,7 @@ class Generation:
     ):
         self._rollouts, self._n, self._wave_tokens = rollouts, responses_per_prompt, wave_tokens
         self._accelerator, self._on_done = accelerator, on_done
+        self._share = True
         self._error: Exception | None = None
         self._runner: threading.Thread | None = None
 
@@ -62,7 +62,7 @@ class Generation:
             done: list[int] = []
             if self._accelerator.is_main_process:
                 done, state = self._next()
-            state, wave = self._tell(done, state)
+            state, wave = self._tell(done if self._share else [], state)
             if state == _NEEDS_WEIGHTS:
                 push()
                 self._runner = None
@@ -73,13 +73,19 @@ class Generation:
             if wave:
                 yield wave, state != _COMPLETE
 
+    def finish(self, push: Callable[[], None], give_up: Callable[[], None]) -> None:
+        """As `waves`, where only rank 0 needs the responses, which `rollouts` then has."""
+        self._share = False
+        for _ in self.waves(push, give_up):
+            pass
+
     def _next(self) -> tuple[list[int], int]:
         """Rank 0: wait for a wave, for the end, or for as long as the others shall wait."""
         if self._runner is None:
             self._error = None
             self._runner = threading.Thread(target=self._run, daemon=True)
             self._runner.start()
-        done, tokens, deadline = [], 0, time.monotonic() + _PATIENCE_SECONDS
+        done, tokens, deadline = [], 0, time.monotonic() + PATIENCE_SECONDS
         while self._wave_tokens is None or tokens < self._wave_tokens:
             ended = not self._runner.is_alive()  # asked first: what it has put into the queue by then is all there is
             try:

@@ -1,9 +1,7 @@
 """Problems that are never trained on, sampled before and after."""
 
-import torch
-
-from justrl_trl.collectives import raise_together
-from justrl_trl.server import ServerError
+from justrl_trl.collectives import on_rank_zero
+from justrl_trl.pool import Rollouts
 
 _SEED_OFFSET = 1 << 15  # no rollout of the same rollout step has these seeds
 
@@ -15,24 +13,17 @@ def heldout_accuracy(trainer) -> float | None:
     """
     if trainer.heldout_dataset is None:
         return None
-    accelerator = trainer.accelerator
-    error, accuracy = None, torch.zeros(1, dtype=torch.float64, device=accelerator.device)
-    if accelerator.is_main_process:
-        try:
-            accuracy[0] = _sample(trainer)
-        except ServerError as caught:
-            error = caught
-    raise_together(error, accelerator)
-    return accelerator.reduce(accuracy, "sum").item()
+    rollouts, n = None, trainer.args.heldout_generations
+    if trainer.accelerator.is_main_process:
+        prompts = trainer._tokenize_prompts(list(trainer.heldout_dataset["prompt"]))[0]
+        rollouts = Rollouts(trainer.pool, prompts, trainer.sampling(n, trainer.max_completion_length, _SEED_OFFSET))
+    trainer.finish_rollouts(rollouts, len(trainer.heldout_dataset))
+    return on_rank_zero(lambda: _rewarded(trainer, rollouts.responses()), trainer.accelerator)
 
 
-def _sample(trainer) -> float:
+def _rewarded(trainer, responses: list[list[int]]) -> float:
     n = trainer.args.heldout_generations
     rows = [row for row in trainer.heldout_dataset for _ in range(n)]
-    prompt_ids = trainer._tokenize_prompts(list(trainer.heldout_dataset["prompt"]))[0]
-    sampling = trainer.sampling(n, trainer.max_completion_length, _SEED_OFFSET)
-    with trainer.progress_bar(len(prompt_ids)) as on_done:
-        responses = trainer.pool.generate(prompt_ids, sampling, on_done)
     texts = trainer.processing_class.batch_decode(responses, skip_special_tokens=True)
     columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
     completions = [[{"role": "assistant", "content": text}] for text in texts]

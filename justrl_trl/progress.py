@@ -6,6 +6,7 @@ from pathlib import Path
 from accelerate.state import PartialState
 
 from justrl_trl.config import JustRLConfig
+from justrl_trl.evaluation import Task
 from justrl_trl.run_folder import RunFolder
 
 
@@ -17,6 +18,7 @@ def plan_lines(
     dataset: str,
     data_lines: list[str],
     heldout_size: int,
+    validation: list[Task],
     zero_stage: int,
 ) -> list[str]:
     """The plan of a run, before anything expensive starts."""
@@ -30,11 +32,14 @@ def plan_lines(
     sharding = f"DeepSpeed ZeRO-{zero_stage}" if zero_stage else "no sharding"
     save = f"every {training.save_rollout_steps} rollout steps" if training.save_rollout_steps else "at the end"
     held_out = f"{heldout_size} problems x {training.heldout_generations} responses, before and after training"
+    held = [f"{task.title} ({len(task.problems)} x {task.samples})" for task in validation]
+    every = f", every {training.validation_every} rollout steps, by {training.validation_grader}"
     rows = [
         ("model", model),
         ("data", dataset),
         *(("", line) for line in data_lines),
         ("held out", held_out if heldout_size else "none"),
+        ("validation", ", ".join(held) + every if held else "none"),
         ("rollouts", f"{server}, weights in {training.server_dtype}"),
         ("trainer", f"{ranks}, {sharding}, {'bfloat16 over float32' if training.bf16 else 'float32'}"),
         (
@@ -50,7 +55,7 @@ def plan_lines(
         (
             "objective",
             f"clip [{1 - training.epsilon:g}, {1 + training.epsilon_high:g}], dual clip {training.delta:g}, no KL, "
-            f"no entropy bonus, {training.loss_normalization} normalization",
+            f"no entropy bonus, {training.loss_normalization} normalization{_rewards(training)}",
         ),
         (
             "micro-batch",
@@ -66,6 +71,16 @@ def plan_lines(
         ("results", f"{training.output_dir}/"),
     ]
     return ["plan", *(f"  {name:<13}{text}" for name, text in rows)]
+
+
+def _rewards(training: JustRLConfig) -> str:
+    """What the rewards have that the recipe's have not."""
+    extra = ", robust verifier" if training.verifier == "robust" else ""
+    if training.overlong_buffer_length:
+        extra += (
+            f", overlong penalty {training.overlong_penalty_factor:g} over the last {training.overlong_buffer_length:,} tokens"
+        )
+    return extra
 
 
 class RolloutStepPrinter:

@@ -157,7 +157,7 @@ def overlong_penalty(response_length: int, max_response_length: int, buffer_leng
     return -excess / buffer_length * penalty_factor if excess > 0 else 0.0
 
 
-def _completion_text(completion: Any) -> str:
+def completion_text(completion: Any) -> str:
     """Text of one completion as TRL passes it: a string, or one assistant turn as a list of messages."""
     if isinstance(completion, str):
         return completion
@@ -203,7 +203,7 @@ def dapo_reward(
             f"solution is None for completions {missing[:10]} ({len(missing)} in all): a completion without an answer "
             "would count as correct. Load the data with `load_problems`, which names the rows that lack an answer."
         )
-    graded = [dapo_score(_completion_text(text), truth) for text, truth in zip(completions, solution, strict=True)]
+    graded = [dapo_score(completion_text(text), truth) for text, truth in zip(completions, solution, strict=True)]
     if log_extra is not None:
         log_extra("solution", list(solution))
         log_extra("prediction", [grade.prediction for grade in graded])

@@ -5,6 +5,7 @@ config.yaml        the resolved configuration, loadable with --config
 metrics.jsonl      one line per rollout step
 samples.jsonl      a few completions per rollout step, with prompt, solution, prediction, reward, advantage
 heldout.jsonl      accuracy on held-out problems, before and after
+validation.jsonl   scores of each benchmark, where there is validation
 dynamics.png       reward, entropy, response length against rollout step (the paper's Figure 2)
 summary.json       the run in a dozen numbers
 vllm_server.log    output of the managed server
@@ -28,6 +29,7 @@ from transformers import TrainerCallback
 from justrl_trl.config import JustRLConfig
 from justrl_trl.figures import plot_dynamics
 from justrl_trl.heldout import heldout_accuracy
+from justrl_trl.paper import family_of, figure1
 
 _FIGURE_EVERY_SECONDS = 60.0
 
@@ -44,6 +46,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
         self.heldout = self.path / "heldout.jsonl"
+        self.validation = self.path / "validation.jsonl"
         self.figure = self.path / "dynamics.png"
         self.summary = self.path / "summary.json"
         self.server_log = self.path / "vllm_server.log"
@@ -65,7 +68,7 @@ class RunFolder:
 
     def cut(self, rollout_step: int) -> None:
         """Drop records beyond `rollout_step`: a resumed run makes them again."""
-        for file in (self.metrics, self.samples, self.heldout):
+        for file in (self.metrics, self.samples, self.heldout, self.validation):
             if file.exists():
                 kept = [row for row in read_jsonl(file) if row["rollout_step"] <= rollout_step]
                 file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
@@ -113,12 +116,15 @@ class RecordRun(TrainerCallback):
 
     Args:
         folder: where to.
+        model: name of the base model; the paper's curve is drawn beside validation where it is the paper's model.
         trainer: the `JustRLTrainer` (its completion logs and held-out sampling are read); set after construction.
         on_row: called with each new row of metrics, e.g. to print it.
     """
 
-    def __init__(self, folder: RunFolder, on_row: Callable[[dict], None] = lambda row: None):
+    def __init__(self, folder: RunFolder, model: str, on_row: Callable[[dict], None] = lambda row: None):
         self.folder, self._on_row = folder, on_row
+        family = family_of(model)
+        self._paper = figure1(family) if family else {}
         self.trainer = None
         self._last_figure = time.monotonic()
 
@@ -175,7 +181,8 @@ class RecordRun(TrainerCallback):
 
     def _draw(self) -> None:
         self._last_figure = time.monotonic()
-        plot_dynamics(read_jsonl(self.folder.metrics), read_jsonl(self.folder.heldout), self.folder.figure)
+        metrics, heldout, validation = map(read_jsonl, (self.folder.metrics, self.folder.heldout, self.folder.validation))
+        plot_dynamics(metrics, heldout, self.folder.figure, validation, self._paper)
 
 
 def _text(conversation) -> str:

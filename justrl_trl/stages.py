@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from justrl_trl.pool import RolloutPool
 
-STAGES = ("generation", "scoring", "training", "sync")
+STAGES = ("generation", "scoring", "training", "sync", "validation")
 
 
 class StageClock:
@@ -46,7 +46,7 @@ class StageClock:
         total = time.perf_counter() - self._started
         metrics = {f"seconds/{name}": self.seconds[name] for name in STAGES}
         metrics["seconds/total"] = total
-        waited = self.seconds["generation"] + self.seconds["sync"]
+        waited = self.seconds["generation"] + self.seconds["sync"] + self.seconds["validation"]
         # scoring that cost no time of its own: generation took this long anyway
         metrics["seconds/overlapped_scoring"] = self.seconds["overlapped_scoring"]
         metrics["seconds/generation"] += self.seconds["overlapped_scoring"]

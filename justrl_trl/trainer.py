@@ -146,6 +146,16 @@ class JustRLTrainer(GRPOTrainer):
                         )
         return [rows[i] for i in range(len(prompts))]
 
+    def finish_rollouts(self, rollouts: Rollouts | None, prompts: int) -> None:
+        """Sample what rank 0 alone needs, beside training; on all ranks.
+
+        Args:
+            rollouts: on rank 0.
+            prompts: how many it asks for.
+        """
+        with self.progress_bar(prompts) as on_done:
+            Generation(rollouts, 1, None, self.accelerator, on_done).finish(self.push_weights, self.save_before_giving_up)
+
     def sampling(self, n: int, max_tokens: int, seed_offset: int = 0) -> Sampling:
         """What a server is asked for; `seed_offset` keeps other samples of a rollout step apart from its rollouts."""
         return Sampling(

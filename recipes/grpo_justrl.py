@@ -17,19 +17,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config
 
 from justrl_trl.attention import describe_attention
-from justrl_trl.launch import (
-    check_machine,
-    connect,
-    load_data,
-    one_paragraph_errors,
-    parse,
-    quiet_libraries,
-    resolve_model,
-    start_servers,
-)
+from justrl_trl.launch import check_machine, load_data, one_paragraph_errors, quiet_libraries, resolve_model
 from justrl_trl.progress import RolloutStepPrinter, plan_lines, say, table_lines
+from justrl_trl.reward_functions import reward_functions
+from justrl_trl.run_arguments import parse
 from justrl_trl.run_folder import RecordRun, RunFolder, write_summary
+from justrl_trl.run_servers import connect, start_servers
 from justrl_trl.trainer import JustRLTrainer
+from justrl_trl.validation import Validate
 
 
 def main() -> None:
@@ -44,6 +39,7 @@ def main() -> None:
     data = load_data(run, training, tokenizer)
     zero_stage = training.deepspeed_plugin.zero_stage if training.deepspeed_plugin else 0
     folder = RunFolder(training.output_dir)
+    validation = Validate(training, tokenizer, folder) if training.validation_benchmarks else None
     if run.dry_run:
         say([yaml.safe_dump(folder.resolved(run, training, model), sort_keys=True)])
     say(
@@ -54,6 +50,7 @@ def main() -> None:
             dataset=run.dataset_name,
             data_lines=data.report.lines(),
             heldout_size=len(data.heldout) if data.heldout else 0,
+            validation=validation.tasks if validation else [],
             zero_stage=zero_stage,
         )
     )
@@ -76,18 +73,21 @@ def main() -> None:
     }
     if training.distributed_state.is_main_process:
         pool = connect(model_path, training, servers)
-    recorder = RecordRun(folder, on_row=RolloutStepPrinter(training.num_rollout_steps))
+    recorder = RecordRun(folder, model.model_name_or_path, on_row=RolloutStepPrinter(training.num_rollout_steps))
+    callbacks = [recorder, *([validation] if validation else [])]
     trainer = JustRLTrainer(
         model=model_path,
         args=training,
         train_dataset=data.train,
         pool=pool,
         heldout_dataset=data.heldout,
+        reward_funcs=reward_functions(training),
         processing_class=tokenizer,
-        callbacks=[recorder],
+        callbacks=callbacks,
         peft_config=get_peft_config(model),
     )
-    recorder.trainer = trainer
+    for callback in callbacks:
+        callback.trainer = trainer
 
     # do it
     checkpoint = training.resume_from_checkpoint

@@ -17,8 +17,10 @@ from pathlib import Path
 
 import torch
 
-from justrl_trl.launch import one_paragraph_errors, parse, quiet_libraries, resolve_model, server_spec
+from justrl_trl.launch import one_paragraph_errors, quiet_libraries, resolve_model
 from justrl_trl.progress import Waiting
+from justrl_trl.run_arguments import parse
+from justrl_trl.run_servers import server_spec
 from justrl_trl.server import ManagedServer, ServerError, check_compiler
 from justrl_trl.server_auth import KEY_VARIABLE
 from justrl_trl.vllm_plugin import BACKEND as GLOO_BACKEND

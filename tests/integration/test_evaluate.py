@@ -60,6 +60,12 @@ class Line:
         assert process.wait(240) == 0, log.read_text()
         return log.read_text(), json.loads((self.folder / "results.json").read_text())
 
+    def refused(self, *more) -> str:
+        """What it says when it ends with status 2."""
+        log = self.folder.with_suffix(".refused.log")
+        assert self.start(*more, log=log).wait(120) == 2, log.read_text()
+        return log.read_text()
+
 
 def check_complete(line: Line, before: list[bytes], name: str, problems: int, samples: int) -> list[dict]:
     """Everything is there once, and what was there before the kill is there as it was."""
@@ -123,6 +129,9 @@ def test_a_pretrained_model_on_math_500_killed_and_resumed(smollm2, tmp_path):
         line = Line(tmp_path / "math500", *options, key=server.key)
         before = line.kill_after(8)
         output, results = line.finish()
+        other = Line(tmp_path / "other", *options, key=server.key)
+        assert "holds weights in bfloat16, and --server_dtype is float32" in other.refused("--server_dtype", "float32")
+        assert "takes 512 tokens of prompt and response" in other.refused("--max_new_tokens", 65)
     finally:
         server.stop()
     rows = check_complete(line, before, "math500", 20, 2)

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from justrl_trl.config import JustRLConfig
-from justrl_trl.launch import connect
+from justrl_trl.run_servers import connect
 from justrl_trl.pool import DOWN, STALE
 from justrl_trl.server import ServerError
 

@@ -59,6 +59,21 @@ def test_figure_shows_the_data(tmp_path):
     assert one.read_bytes() != two.read_bytes()
 
 
+VALIDATION = [
+    {"rollout_step": step, "benchmark": name, "avg": 0.3 + step / 200, "stderr": 0.05, "samples": 32}
+    for step in (0, 15, 30)
+    for name in ("aime24", "amc23")
+]
+
+
+def test_validation_is_a_fourth_panel_with_the_papers_curve_where_there_is_one(tmp_path):
+    own, beside = tmp_path / "own.png", tmp_path / "beside.png"
+    plot_dynamics(rows(30), HELDOUT, own, VALIDATION)
+    plot_dynamics(rows(30), HELDOUT, beside, VALIDATION, {0: 28.46, 500: 39.1, 1000: 43.3})
+    assert png_size(own) == png_size(beside) == (2253, 507)  # 4 x 4.33 inches
+    assert own.read_bytes() != beside.read_bytes()
+
+
 def test_an_older_figure_is_replaced(tmp_path):
     path = tmp_path / "dynamics.png"
     path.write_bytes(b"old")

@@ -52,7 +52,7 @@ def test_a_wave_comes_while_others_are_sampled(make, accelerator):  # noqa: F811
 
 
 def test_ranks_hear_from_rank_0_however_long_a_response_takes(make, accelerator, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(generation, "_PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(generation, "PATIENCE_SECONDS", 0.3)
     pool, (server,) = make(heartbeat_timeout=5.0)
     told = []
     original = Generation._tell

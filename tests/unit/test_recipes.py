@@ -8,7 +8,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
-from justrl_trl import launch
+from justrl_trl import run_arguments
 from justrl_trl.config import JustRLConfig
 
 from .test_config import SCRIPT, TABLE_2
@@ -26,7 +26,7 @@ def parse(monkeypatch):
 
     def run(*options: str, default: Path = TINY):
         monkeypatch.setattr("sys.argv", ["grpo_justrl.py", *map(str, options)])
-        return launch.parse(default_recipe=default)
+        return run_arguments.parse(default_recipe=default)
 
     return run
 
@@ -38,7 +38,7 @@ def test_the_promised_recipes_exist():
 @pytest.mark.parametrize("path", [pytest.param(path, id=path.stem) for path in RECIPES])
 def test_every_recipe_loads_and_takes_effect(path, parse):
     run, training, model = parse("--config", path)
-    for name, value in yaml.safe_load(path.read_text()).items():
+    for name, value in run_arguments.read_recipe(path).items():
         if name == "bf16" and not torch.cuda.is_available():
             continue  # a matter of the machine
         part = next(part for part in (run, training, model) if hasattr(part, name))
@@ -134,6 +134,43 @@ def test_a_recipe_without_a_model_is_an_error_that_says_what_to_give(parse, tmp_
     path = tmp_path / "mine.yaml"
     path.write_text("dataset_name: embedded:arithmetic\n")
     with pytest.raises(ValueError, match="model_name_or_path is not set: give a Hub id"):
+        parse("--config", path)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("ablation_overlong", {"overlong_buffer_length": 4096, "overlong_penalty_factor": 1.0}),
+        (
+            "ablation_overlong_robust_verifier",
+            {"overlong_buffer_length": 4096, "overlong_penalty_factor": 1.0, "verifier": "robust"},
+        ),
+    ],
+)
+def test_an_ablation_of_figure_3_is_the_base_recipe_but_for_what_it_ablates(name, changes):
+    base, ablation = (run_arguments.read_recipe(ROOT / "recipes" / f"{one}.yaml") for one in (PAPER[0], name))
+    assert ablation == base | changes | {"output_dir": f"runs/{name}"}
+
+
+def test_recipes_that_are_each_others_base_are_named(parse, tmp_path):
+    for one, other in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{one}.yaml").write_text(f"base: {other}.yaml\n")
+    with pytest.raises(ValueError, match=r"each other's base: a\.yaml -> b\.yaml -> a\.yaml"):
+        parse("--config", tmp_path / "a.yaml")
+
+
+def test_a_base_that_is_not_there_is_named_with_who_asked(parse, tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("base: absent.yaml\n")
+    with pytest.raises(ValueError, match=r"base of .*mine\.yaml: .*absent\.yaml: there is no such file"):
+        parse("--config", path)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "", "a: [1\n"])
+def test_a_recipe_that_is_no_list_of_keys_is_refused(parse, tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"mine\.yaml (holds no keys|is not YAML)"):
         parse("--config", path)
 
 

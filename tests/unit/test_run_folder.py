@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from justrl_trl import launch
+from justrl_trl import run_arguments
 from justrl_trl.config import JustRLConfig
 from justrl_trl.run_folder import RecordRun, RunFolder, append_jsonl, read_jsonl, write_summary
 
@@ -74,7 +74,7 @@ def test_rows_come_back_as_they_were_written(tmp_path):
 
 def parse(monkeypatch, *options: str):
     monkeypatch.setattr("sys.argv", ["grpo_justrl.py", *map(str, options)])
-    return launch.parse(default_recipe=TINY)
+    return run_arguments.parse(default_recipe=TINY)
 
 
 def test_written_configuration_starts_the_same_run_again_on_any_number_of_ranks(folder, monkeypatch, ranks):
@@ -130,7 +130,7 @@ class FakeTrainer:
 @pytest.fixture
 def recorder(folder, monkeypatch):
     monkeypatch.setattr("justrl_trl.run_folder.heldout_accuracy", lambda trainer: trainer._accuracies.pop(0))
-    made = RecordRun(folder)
+    made = RecordRun(folder, "org/model")
     made.trainer = FakeTrainer([0.25, 0.75])
     return made
 

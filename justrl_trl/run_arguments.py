@@ -1,0 +1,88 @@
+"""What the launch line is told: a recipe file, which may build on another one, and options, which win."""
+
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from trl import ModelConfig, TrlParser
+
+from justrl_trl.config import JustRLConfig
+
+
+@dataclass
+class RunArguments:
+    """What to train on. Names are TRL's where TRL has one."""
+
+    dataset_name: str = field(
+        default="BytedTsinghua-SIA/DAPO-Math-17k",
+        metadata={"help": "Hub id, local .parquet/.jsonl/.json file or folder, or embedded:arithmetic."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Commit of a Hub dataset; pin it for a paper."})
+    heldout_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Problems to sample before and after training, in any format of dataset_name; split 'test' of a folder."
+        },
+    )
+    heldout_size: int = field(
+        default=0, metadata={"help": "Without heldout_dataset_name: so many training problems are held out instead."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Print the resolved configuration and the plan, then exit."})
+
+
+def parse(default_recipe: Path, *more: type) -> tuple:
+    """Arguments from `--config FILE` and the command line; without any `--config`, from `default_recipe`.
+
+    Args:
+        default_recipe: YAML file.
+        more: further dataclasses of arguments.
+
+    Returns:
+        `RunArguments`, `JustRLConfig`, `ModelConfig`, and one of each of `more`.
+
+    Raises:
+        ValueError: for an unknown key or option, or a rule that is broken.
+    """
+    argv = sys.argv[1:]
+    # an option is --config FILE for TrlParser, which does not know the --config=FILE spelling
+    argv = [part for arg in argv for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    if "--config" not in argv:
+        argv = ["--config", str(default_recipe), *argv]
+    path = Path("".join(argv[argv.index("--config") + 1 :][:1]))
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as whole:
+        yaml.safe_dump(read_recipe(path), whole)
+        whole.flush()
+        argv[argv.index("--config") + 1] = whole.name
+        parsed = TrlParser((RunArguments, JustRLConfig, ModelConfig, *more)).parse_args_and_config(argv)
+    if not parsed[2].model_name_or_path:
+        raise ValueError("model_name_or_path is not set: give a Hub id, a local folder, or embedded:tiny-base.")
+    return tuple(parsed)
+
+
+def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> dict:
+    """The keys of a recipe file; with those of the recipe that its `base` names (relative to it) where it has none itself.
+
+    Args:
+        seen: recipes that led here.
+
+    Raises:
+        ValueError: no such file, one that holds no keys, or recipes that are each other's base.
+    """
+    path = path.resolve()
+    if path in seen:
+        raise ValueError(f"Recipes are each other's base: {' -> '.join(p.name for p in (*seen, path))}. Break the circle.")
+    if not path.is_file():
+        asked = f"base of {seen[-1]}: {path}" if seen else f"--config {path}"
+        raise ValueError(f"{asked}: there is no such file. Recipes are in recipes/*.yaml.")
+    try:
+        keys = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(keys, dict):
+        raise ValueError(f"{path} holds no keys. A recipe is a list of `name: value` lines, see recipes/tiny.yaml.")
+    base = keys.pop("base", None)
+    return keys if base is None else read_recipe(path.parent / base, (*seen, path)) | keys
