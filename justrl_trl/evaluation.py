@@ -154,7 +154,8 @@ class SampleRequests(Rollouts):
     """
 
     def __init__(self, pool: RolloutPool, requests: list[Request], sampling: Sampling):
-        super().__init__(pool, [request.prompt for request in requests], replace(sampling, n=1, seed=0))
+        prompts, seeds = [request.prompt for request in requests], [request.seed for request in requests]
+        super().__init__(pool, prompts, replace(sampling, n=1, seed=0), seeds)
         self._requests = requests
 
     def take(self, index: int) -> Response:
@@ -163,13 +164,6 @@ class SampleRequests(Rollouts):
         self._responses[index] = []
         cut = len(ids) == self._sampling.max_tokens and ids[-1] not in self._sampling.stop_token_ids
         return Response(self._requests[index], ids, cut)
-
-    def _ask(self, index: int, attempt: int, member) -> None:
-        try:
-            answer = member.client.sample(self._prompts[index], self._sampling, self._requests[index].seed)
-        except Exception as error:  # judged by the calling thread
-            answer = error
-        self._reports.put((index, attempt, member, answer))
 
 
 def sample_all(pool: RolloutPool, requests: list[Request], sampling: Sampling, on_response: Callable[[Response], None]) -> None:

@@ -9,14 +9,10 @@ from typing import Any
 
 from trl import TrlParser
 
-from justrl_trl.benchmarks import BENCHMARKS, Problem, load, select
-from justrl_trl.data import load_problems
-from justrl_trl.data_sources import DataError
+from justrl_trl.benchmarks import BENCHMARKS
 from justrl_trl.evaluation import Request, Task
-from justrl_trl.tiny import ARITHMETIC, arithmetic_problems
-
-OWN_SAMPLES = 4  # N for problems that are not the paper's
-_FILES = (".parquet", ".jsonl", ".json")
+from justrl_trl.evaluation_tasks import OWN_SAMPLES
+from justrl_trl.tiny import ARITHMETIC
 
 
 @dataclass
@@ -134,33 +130,6 @@ def parse() -> EvaluateArguments:
             raise ValueError(f"--config {path}: there is no such file. Give a YAML file with the options' names as keys.")
     words = "Evaluate a model as the paper does. Every option is also a key of a YAML file given as --config FILE; options win."
     return TrlParser(EvaluateArguments, description=words).parse_args_and_config(argv)[0]
-
-
-def find_tasks(args: EvaluateArguments) -> list[Task]:
-    """Every benchmark that is named, with its problems; those with the most samples first: competitions, the longest responses.
-
-    Raises:
-        DataError: an unknown benchmark, one that is named twice, or one whose data cannot be used.
-    """
-    names = [name.strip() for name in args.benchmarks.split(",") if name.strip()]
-    own = [name for name in names if name == ARITHMETIC or Path(name).suffix in _FILES or Path(name).expanduser().exists()]
-    known = [name for name in names if name not in own]
-    tasks = [_own(name, args) for name in own]
-    for benchmark in select(known) if known or not own else ():
-        problems = load(benchmark, args.data_dir)[: args.limit]
-        tasks.append(Task(benchmark.name, benchmark.title, problems, args.samples or benchmark.samples))
-    twice = {task.name for i, task in enumerate(tasks) if task.name in [other.name for other in tasks[:i]]}
-    if twice:
-        raise DataError(f"--benchmarks {args.benchmarks}: two of them are called {', '.join(twice)}. Rename a file.")
-    return sorted(tasks, key=lambda task: -task.samples)
-
-
-def _own(name: str, args: EvaluateArguments) -> Task:
-    """A file of problems, or the embedded ones that training never sees."""
-    rows = arithmetic_problems("heldout") if name == ARITHMETIC else load_problems(name, split="test")
-    pairs = [(row["problem"], row["solution"]) for row in rows][: args.limit]
-    stem = "arithmetic" if name == ARITHMETIC else Path(name).stem
-    return Task(stem, stem, [Problem(i, *pair) for i, pair in enumerate(pairs)], args.samples or OWN_SAMPLES)
 
 
 def settings_of(args: EvaluateArguments, slug: str, weights: str, stop_token_ids: tuple[int, ...]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Grade:
     tokens: int
     truncated: bool
     boxed: bool  # whether "boxed" appears at all
-    answer: str | None  # content of the last box in the MATH normal form: equal text is the same vote
+    answer: str | None  # its `vote`
     rule: bool  # verdict of the grader
     outcome: str  # of the grading: "graded", else why it was not and counts as wrong
     verdict: str | None = None  # output of the verifier, where it was asked
@@ -110,14 +110,19 @@ def _chunks(store: SampleStore, tasks: list[Task]) -> Iterator[list[tuple[Key, d
         yield chunk
 
 
+def vote(response: str) -> str | None:
+    """What a response votes for in maj@k: its last box in the MATH normal form; None without one."""
+    box = boxed_answer(response)
+    return None if box is None else mathd_form(box)
+
+
 def _grade(key: Key, row: dict[str, Any], verdict: GraderVerdict) -> Grade:
-    box = boxed_answer(row["completion"])
     return Grade(
         key=key,
         tokens=row["tokens"],
         truncated=row["finish_reason"] == "length",
         boxed="boxed" in row["completion"],
-        answer=None if box is None else mathd_form(box),
+        answer=vote(row["completion"]),
         rule=verdict.correct,
         outcome=verdict.outcome,
     )

@@ -241,10 +241,13 @@ class Rollouts:
     Args:
         pool: who answers.
         prompts, sampling: what is asked.
+        seeds: of each prompt; default: `sampling.seed` and those that follow.
     """
 
-    def __init__(self, pool: RolloutPool, prompts: list[list[int]], sampling: Sampling):
+    def __init__(self, pool: RolloutPool, prompts: list[list[int]], sampling: Sampling, seeds: list[int] | None = None):
         self._pool, self._prompts, self._sampling = pool, prompts, sampling
+        self._seeds = seeds or [sampling.seed + index for index in range(len(prompts))]
+        self._left = len(prompts)
         self._responses: list[list[list[int]] | None] = [None] * len(prompts)
         self._attempts = [0] * len(prompts)
         longest_first = sorted(range(len(prompts)), key=lambda i: -pool.expected_length(prompts[i]))
@@ -256,7 +259,7 @@ class Rollouts:
     @property
     def left(self) -> int:
         """Prompts without responses."""
-        return sum(response is None for response in self._responses)
+        return self._left
 
     def responses(self) -> list[list[int]]:
         """All responses, the n of a prompt side by side."""
@@ -313,7 +316,7 @@ class Rollouts:
 
     def _ask(self, index: int, attempt: int, member: Member) -> None:
         try:
-            answer = member.client.sample(self._prompts[index], self._sampling, index)
+            answer = member.client.sample(self._prompts[index], self._sampling, self._seeds[index])
         except Exception as error:  # judged by the calling thread
             answer = error
         self._reports.put((index, attempt, member, answer))
@@ -325,6 +328,7 @@ class Rollouts:
         if not isinstance(answer, Exception):
             if self._responses[index] is None:  # else: it was sent elsewhere meanwhile, and that answer was first
                 self._responses[index] = answer
+                self._left -= 1
                 self.finished.put(index)
                 member.prompts += 1
                 tokens = sum(map(len, answer))

@@ -99,6 +99,7 @@ class RolloutStepPrinter:
         self._recent = [*self._recent[-9:], row["seconds/total"]]
         left = timedelta(seconds=round((self._total - step) * sum(self._recent) / len(self._recent)))
         names = {"gen": "generation", "score": "scoring", "train": "training", "sync": "sync"}
+        names |= {"validate": "validation"} if row["seconds/validation"] else {}
         norm = "-" if row["grad_norm"] is None else f"{row['grad_norm']:.2f}"
         if row["skipped_optimizer_steps"]:
             norm += f" ({row['skipped_optimizer_steps']:.0f} skipped)"

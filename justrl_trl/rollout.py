@@ -24,7 +24,7 @@ class Sampling:
         max_tokens: response tokens at most.
         temperature, top_p, top_k, min_p, repetition_penalty: as in vLLM; top_k 0 keeps every token.
         stop_token_ids: tokens that end a response (kept as its last token).
-        seed: base seed; prompt i of a call uses seed + i.
+        seed: base seed; prompt i of a generation uses seed + i.
     """
 
     n: int
@@ -74,8 +74,8 @@ class RolloutClient:
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
-    def sample(self, prompt: list[int], sampling: Sampling, index: int) -> list[list[int]]:
-        """`n` responses to one prompt, as token ids; `index` makes its seed, so that any server gives the same ones."""
+    def sample(self, prompt: list[int], sampling: Sampling, seed: int) -> list[list[int]]:
+        """`n` responses to one prompt, as token ids; from the same seed (not `sampling`'s) any server gives the same ones."""
         body = {
             "model": self.model,
             "prompt": prompt,
@@ -87,7 +87,7 @@ class RolloutClient:
             "min_p": sampling.min_p,
             "repetition_penalty": sampling.repetition_penalty,
             "stop_token_ids": list(sampling.stop_token_ids),
-            "seed": (sampling.seed + index) % 2**31,
+            "seed": seed % 2**31,
             "return_token_ids": True,
         }
         with self._understanding("/v1/completions"):
@@ -185,7 +185,7 @@ class RolloutClient:
         except requests.RequestException as error:
             raise Unreachable(
                 f"{where} cannot be reached ({type(error).__name__}). The rollout server has died or was never there: see "
-                "its log (for a managed server: vllm_server.log in the run folder)."
+                "its log (for a managed server: vllm_server*.log in the run folder)."
             ) from error
         if answer.status_code != 200:
             refused = answer.status_code in (400, 413, 422)  # another server would say the same

@@ -180,13 +180,13 @@ class SampleStore:
 
     def _check_settings(self) -> None:
         path = self.folder / "settings.json"
+        if not self.samples.path.exists() or not self.samples.path.stat().st_size:
+            return  # an evaluation that ended before its first sample binds nobody
         if not path.exists():
-            if self.samples.path.exists():
-                raise StoreError(
-                    f"{self.folder} has samples but no settings.json, so nobody knows what they are samples of. Give another "
-                    "--output_dir, or put the file back."
-                )
-            return
+            raise StoreError(
+                f"{self.folder} has samples but no settings.json, so nobody knows what they are samples of. Give another "
+                "--output_dir, or put the file back."
+            )
         try:
             there = json.loads(path.read_text())
         except json.JSONDecodeError as error:

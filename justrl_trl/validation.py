@@ -16,11 +16,10 @@ from transformers import Trainer, TrainerCallback
 from justrl_trl.collectives import on_rank_zero
 from justrl_trl.config import JustRLConfig
 from justrl_trl.data import BOXED_SUFFIX
-from justrl_trl.evaluation import SampleRequests, Task, check_fits, eval_sampling, prompt_ids, requests_of
-from justrl_trl.evaluation_arguments import EvaluateArguments, find_tasks
-from justrl_trl.grading import boxed_answer
+from justrl_trl.evaluation import SampleRequests, check_fits, eval_sampling, prompt_ids, requests_of
+from justrl_trl.evaluation_grades import vote
+from justrl_trl.evaluation_tasks import find_tasks
 from justrl_trl.grading_pool import GradingPool
-from justrl_trl.grading_text import mathd_form
 from justrl_trl.run_folder import RunFolder, append_jsonl
 from justrl_trl.scores import BenchmarkScore, Sample, score
 
@@ -44,7 +43,9 @@ class Validate(TrainerCallback):
     def __init__(self, training: JustRLConfig, tokenizer, folder: RunFolder):
         self._training, self._tokenizer, self._folder = training, tokenizer, folder
         self.trainer = None
-        self.tasks = validation_tasks(training)
+        self.tasks = find_tasks(
+            training.validation_benchmarks, data_dir=training.validation_data_dir, samples=training.validation_samples
+        )
         self._requests = [
             request
             for task in self.tasks
@@ -52,7 +53,8 @@ class Validate(TrainerCallback):
                 task, prompt_ids(tokenizer, task.problems, BOXED_SUFFIX, training.chat_template_kwargs), training.seed
             )
         ]
-        check_fits(self._requests, training.validation_max_new_tokens, training.vllm_max_model_length, "A rollout server")
+        longest, context = training.validation_max_new_tokens, training.vllm_max_model_length
+        check_fits(self._requests, longest, context, "A rollout server", option="--validation_max_new_tokens")
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step == 0:
@@ -99,27 +101,10 @@ class Validate(TrainerCallback):
             verdicts = pool.grade(zip(texts, truths, strict=True), self._training.validation_grader)
         samples: dict[str, list[Sample]] = {task.name: [] for task in self.tasks}
         for response, text, verdict in zip(responses, texts, verdicts, strict=True):
-            request, box = response.request, boxed_answer(text)
-            answer = None if box is None else mathd_form(box)
-            facts = (verdict.correct, len(response.ids), response.truncated, "boxed" in text, answer)
+            request = response.request
+            facts = (verdict.correct, len(response.ids), response.truncated, "boxed" in text, vote(text))
             samples[request.benchmark].append(Sample(request.problem, request.sample, *facts))
         return {task.name: score(samples[task.name], len(task.problems)) for task in self.tasks}
-
-
-def validation_tasks(training: JustRLConfig) -> list[Task]:
-    """The benchmarks of `validation_benchmarks` with their problems.
-
-    Raises:
-        DataError: an unknown one, or one whose data cannot be used.
-    """
-    return find_tasks(
-        EvaluateArguments(
-            model="",
-            benchmarks=training.validation_benchmarks,
-            data_dir=training.validation_data_dir,
-            samples=training.validation_samples,
-        )
-    )
 
 
 def metrics_of(scores: dict[str, BenchmarkScore]) -> dict[str, float]:

@@ -15,11 +15,12 @@ import sys
 import time
 
 from justrl_trl.evaluation import Progress, Request, Response, check_fits, eval_sampling, prompt_ids, requests_of, sample_all
-from justrl_trl.evaluation_arguments import EvaluateArguments, find_tasks, folder_of, parse, plan_lines, settings_of
+from justrl_trl.evaluation_arguments import EvaluateArguments, folder_of, parse, plan_lines, settings_of
 from justrl_trl.evaluation_grades import grade_all, verify_all
 from justrl_trl.evaluation_model import EvaluatedModel, find_model
 from justrl_trl.evaluation_results import write_results
 from justrl_trl.evaluation_servers import connect, server_places, start_servers
+from justrl_trl.evaluation_tasks import find_tasks
 from justrl_trl.launch import one_paragraph_errors, quiet_libraries
 from justrl_trl.sample_store import SampleStore
 from justrl_trl.server import ServerError
@@ -32,7 +33,7 @@ def main() -> None:
 
     # what to do
     args = parse()
-    tasks = find_tasks(args)
+    tasks = find_tasks(args.benchmarks, data_dir=args.data_dir, samples=args.samples, limit=args.limit)
     model = find_model(args.model, args.model_revision)
     requests = [one for task in tasks for one in requests_of(task, prompt_ids(model.tokenizer, task.problems), args.seed)]
     if model.context:

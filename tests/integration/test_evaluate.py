@@ -79,22 +79,22 @@ def check_complete(line: Line, before: list[bytes], name: str, problems: int, sa
 
 
 def test_the_tiny_base_on_servers_that_it_starts_killed_and_resumed(base, tmp_path):
-    options = ["--model", base, "--benchmarks", "embedded:arithmetic", "--samples", 8, "--max_new_tokens", 48]
+    options = ["--model", base, "--benchmarks", "embedded:arithmetic", "--samples", 4, "--max_new_tokens", 48]
     line = Line(tmp_path / "tiny", *options, "--server_max_num_seqs", 8)
-    before = line.kill_after(100)
+    before = line.kill_after(60)
     url = re.search(r"starting the vLLM server at (\S+):", line.folder.with_suffix(".killed.log").read_text())[1]
     with line.samples.open("ab") as file:
         file.write(before[0][:40])  # what a kill in the middle of a write leaves
     output, results = line.finish()
 
-    assert f"1,000 responses of at most 48 tokens; {len(before):,} are there, {1000 - len(before):,} are missing" in output
+    assert f"500 responses of at most 48 tokens; {len(before)} are there, {500 - len(before)} are missing" in output
     assert "cut off" in output
-    rows = check_complete(line, before, "arithmetic", 125, 8)
+    rows = check_complete(line, before, "arithmetic", 125, 4)
     solutions = [row["solution"] for row in arithmetic_problems("heldout")]
     boxes = [re.findall(r"\\boxed\{(\d+)\}", row["completion"])[-1:] for row in rows]
     right = sum(box == [solutions[row["problem"]]] for box, row in zip(boxes, rows, strict=True))
-    assert results["scores"]["arithmetic"]["avg"] == pytest.approx(right / 1000)
-    assert f"{right / 10:.2f} ±" in output and 0 < right < 1000
+    assert results["scores"]["arithmetic"]["avg"] == pytest.approx(right / 500)
+    assert f"{right / 5:.2f} ±" in output and 0 < right < 500
     with pytest.raises(requests.ConnectionError):  # the server of the killed run went with it
         requests.get(url, timeout=5)
 
@@ -131,7 +131,6 @@ def test_a_pretrained_model_on_math_500_killed_and_resumed(smollm2, tmp_path):
         output, results = line.finish()
         other = Line(tmp_path / "other", *options, key=server.key)
         assert "holds weights in bfloat16, and --server_dtype is float32" in other.refused("--server_dtype", "float32")
-        assert "takes 512 tokens of prompt and response" in other.refused("--max_new_tokens", 65)
     finally:
         server.stop()
     rows = check_complete(line, before, "math500", 20, 2)

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from justrl_trl.config import JustRLConfig
-from justrl_trl.run_servers import connect
 from justrl_trl.pool import DOWN, STALE
+from justrl_trl.run_servers import connect
 from justrl_trl.server import ServerError
 
 from .fake_server import FakeServer

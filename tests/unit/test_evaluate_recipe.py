@@ -10,11 +10,11 @@ import pytest
 from safetensors.numpy import save_file
 from transformers import Qwen2Config
 
-from justrl_trl import evaluation_servers
+from justrl_trl import evaluation_servers, evaluation_tasks
 from justrl_trl.benchmarks import BENCHMARKS
 from justrl_trl.data_sources import DataError
 from justrl_trl.evaluation import Task, requests_of
-from justrl_trl.evaluation_arguments import EvaluateArguments, find_tasks, folder_of, parse, settings_of
+from justrl_trl.evaluation_arguments import EvaluateArguments, folder_of, parse, settings_of
 from justrl_trl.evaluation_model import EvaluatedModel, find_model, fingerprint
 from justrl_trl.evaluation_servers import check_server, connect, server_places
 from justrl_trl.rollout import RolloutClient
@@ -27,6 +27,10 @@ np = pytest.importorskip("numpy")
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "recipes" / "evaluate.py"
 EOS = 2
+
+
+def tasks_of(args: EvaluateArguments):
+    return evaluation_tasks.find_tasks(args.benchmarks, data_dir=args.data_dir, samples=args.samples, limit=args.limit)
 
 
 @pytest.fixture
@@ -111,46 +115,46 @@ def test_every_option_says_what_it_is():
 
 
 def test_samples_are_the_papers_unless_given(arguments, monkeypatch):
-    monkeypatch.setitem(find_tasks.__globals__, "load", lambda benchmark, data_dir: ["problem"] * benchmark.problems)
-    tasks = {task.name: task for task in find_tasks(arguments())}
+    monkeypatch.setattr(evaluation_tasks, "load", lambda benchmark, data_dir: ["problem"] * benchmark.problems)
+    tasks = {task.name: task for task in tasks_of(arguments())}
     assert set(tasks) == set(BENCHMARKS)
     few = {"math500", "minerva", "olympiad"}
     assert {name: task.samples for name, task in tasks.items()} == {name: 4 if name in few else 32 for name in BENCHMARKS}
     # 30 x 32 in four sets, 40 x 32 in two; 500, 272 and 674 x 4
     assert sum(len(task.problems) * task.samples for task in tasks.values()) == 6 * 960 + 640 + 4 * (500 + 272 + 674)
-    assert {task.samples for task in find_tasks(arguments("--samples", 2))} == {2}
-    assert [len(task.problems) for task in find_tasks(arguments("--limit", 3))] == [3] * 9
+    assert {task.samples for task in tasks_of(arguments("--samples", 2))} == {2}
+    assert [len(task.problems) for task in tasks_of(arguments("--limit", 3))] == [3] * 9
 
 
 def test_competitions_go_first_since_their_responses_are_the_longest(arguments, monkeypatch):
-    monkeypatch.setitem(find_tasks.__globals__, "load", lambda benchmark, data_dir: [])
-    names = [task.name for task in find_tasks(arguments("--benchmarks", "math500,aime24"))]
+    monkeypatch.setattr(evaluation_tasks, "load", lambda benchmark, data_dir: [])
+    names = [task.name for task in tasks_of(arguments("--benchmarks", "math500,aime24"))]
     assert names == ["aime24", "math500"]
 
 
 def test_a_file_is_a_benchmark_named_by_its_stem(arguments, problems):
-    (task,) = find_tasks(arguments("--benchmarks", problems))
+    (task,) = tasks_of(arguments("--benchmarks", problems))
     assert (task.name, task.samples, len(task.problems)) == ("sums", 4, 5)
     assert (task.problems[3].problem, task.problems[3].answer) == ("3 + 1?", "4")
 
 
 def test_the_embedded_problems_are_those_that_training_never_sees(arguments):
-    (task,) = find_tasks(arguments("--benchmarks", "embedded:arithmetic", "--limit", 7))
+    (task,) = tasks_of(arguments("--benchmarks", "embedded:arithmetic", "--limit", 7))
     assert (task.name, len(task.problems)) == ("arithmetic", 7)
 
 
 def test_mistakes_in_names_are_named(arguments, problems):
     with pytest.raises(DataError, match="unknown benchmark 'aime23': choose from aime24, aime25"):
-        find_tasks(arguments("--benchmarks", f"aime23,{problems}"))
-    with pytest.raises(DataError, match="two of them are called sums"):
-        find_tasks(arguments("--benchmarks", f"{problems},{problems}"))
+        tasks_of(arguments("--benchmarks", f"aime23,{problems}"))
+    with pytest.raises(DataError, match="two of these benchmarks are called sums"):
+        tasks_of(arguments("--benchmarks", f"{problems},{problems}"))
     with pytest.raises(DataError, match="no benchmark named"):
-        find_tasks(arguments("--benchmarks", ","))
+        tasks_of(arguments("--benchmarks", ","))
     with pytest.raises(DataError, match="none.jsonl' does not exist"):
-        find_tasks(arguments("--benchmarks", "none.jsonl"))
+        tasks_of(arguments("--benchmarks", "none.jsonl"))
     problems.write_text('{"text": "a", "label": "b"}\n')
     with pytest.raises(DataError, match="has columns label, text: no problem and answer there"):
-        find_tasks(arguments("--benchmarks", problems))
+        tasks_of(arguments("--benchmarks", problems))
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EASY = ("\\boxed{1+x}", "x+1")  # needs algebra, and is right
 WRONG = ("\\boxed{2+x}", "x+1")
 HANG = ("the answer is $9^{9^{9^9}}$", "5")  # for math-verify
-DEADLINE = 0.5
+DEADLINE = 1.0  # seconds; an easy item takes 0.01
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,7 @@ def test_a_hang_ends_at_the_deadline_and_the_next_item_is_graded(pool):
     verdicts = pool.grade([HANG, ("the answer is \\boxed{5}", "5")] * 2 + [("\\boxed{6}", "5")], "math_verify")
     assert verdicts == [Verdict(False, "timeout"), Verdict(True)] * 2 + [Verdict(False)]
     assert pool.counts()["timeouts"] == before + 2  # graded once, counted per item
-    assert time.monotonic() - started < DEADLINE + 5  # room for a busy machine to start a worker
+    assert time.monotonic() - started < DEADLINE + 20  # room for a busy machine to start a worker
 
 
 def test_items_above_the_caps_are_wrong_and_counted():
@@ -134,9 +134,10 @@ def test_an_exception_in_the_middle_leaves_no_stale_verdict(pool):
     def fail(index, verdict):
         raise KeyError(index)
 
+    right, wrong = ("\\boxed{5}", "5"), ("\\boxed{6}", "5")
     with pytest.raises(KeyError):
-        pool.grade([EASY, WRONG, HANG], on_done=fail)
-    assert pool.grade([WRONG, EASY, WRONG]) == [Verdict(False), Verdict(True), Verdict(False)]
+        pool.grade([right, HANG], "math_verify", on_done=fail)  # the first verdict comes while the second item hangs
+    assert pool.grade([wrong, right], "math_verify") == [Verdict(False), Verdict(True)]
 
 
 def test_threads_may_share_a_pool_and_need_not_be_the_main_one(pool):
@@ -277,7 +278,7 @@ def test_hostile_text_never_stops_a_grader():
             assert {verdict.outcome for verdict in verdicts} <= {"graded", "timeout", "too_long", "crashed"}
             assert not any(verdict.correct for verdict in verdicts[: len(responses)])
             # a lost item costs at most a deadline and a new worker, the rest is milliseconds; with room for a busy machine
-            assert time.monotonic() - started < 10 + lost * 1.5
+            assert time.monotonic() - started < 30 + lost * 3
         pool.grade([("\\boxed{x/2}", answer) for answer in ANSWERS.values()])
     assert not any(dapo_score(response, "x/2").score == 1.0 for response in (*boxed, *RESPONSES.values()))
     assert not CANARY.exists()

@@ -91,6 +91,12 @@ def test_samples_of_other_settings_are_refused_by_name(tmp_path):
         SampleStore(tmp_path, {**SETTINGS, "top_p": 0.9})
 
 
+def test_a_folder_without_samples_takes_other_settings(tmp_path):
+    store_of(tmp_path, 0)
+    store_of(tmp_path, 1, temperature=1.0)
+    assert json.loads((tmp_path / "settings.json").read_text())["temperature"] == 1.0
+
+
 def test_equal_settings_are_equal_whatever_json_makes_of_them(tmp_path):
     store_of(tmp_path, 1, stop_token_ids=(2, 5))
     assert SampleStore(tmp_path, {**SETTINGS, "stop_token_ids": (2, 5)}).stored
