@@ -3,6 +3,7 @@
 Each message names the value, the reason and the remedy. Everything here runs before a model is loaded or a server started.
 """
 
+import math
 import os
 
 import torch
@@ -89,6 +90,16 @@ class Rules:
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Use {known[0]!r} or {known[1]!r}.")
+        fractions = {"validation_top_p": (0, 1), "validation_temperature": (-1e-9, math.inf)}
+        fractions |= {"overlong_penalty_factor": (-1e-9, math.inf)}
+        for name, (above, most) in fractions.items():
+            if not above < getattr(self, name) <= most:
+                raise ValueError(f"{name}={getattr(self, name)} makes no sense. Give a number from {max(above, 0)} to {most}.")
+        if self.validation_samples is not None and self.validation_samples < 1:
+            raise ValueError(
+                f"validation_samples={self.validation_samples} makes no sense: it counts responses. Give at least 1, or leave "
+                "it unset for the paper's number."
+            )
         if self.overlong_buffer_length > self.max_completion_length:
             raise ValueError(
                 f"overlong_buffer_length={self.overlong_buffer_length} is more than max_completion_length="

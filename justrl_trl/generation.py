@@ -27,8 +27,8 @@ class Generation:
     Args:
         rollouts: on rank 0.
         responses_per_prompt: n.
-        wave_tokens: response tokens that make a wave; None: nothing is made of them, they come when all are there, or once a
-            minute.
+        wave_tokens: tokens, prompts included, that a wave holds at most, unless one prompt makes more; None: responses come
+            when all are there, or once a minute.
         accelerator: of the trainer.
         on_done: called on rank 0 per finished prompt, in another thread, see `Rollouts.run`.
     """
@@ -46,6 +46,7 @@ class Generation:
         self._share = True
         self._error: Exception | None = None
         self._runner: threading.Thread | None = None
+        self._carried: list[int] = []  # a finished prompt that the last wave had no room for
 
     def waves(self, push: Callable[[], None], give_up: Callable[[], None]) -> Iterator[tuple[Wave, bool]]:
         """Yield what has finished since the last time, and whether more is to come.
@@ -85,19 +86,21 @@ class Generation:
             self._error = None
             self._runner = threading.Thread(target=self._run, daemon=True)
             self._runner.start()
-        done, tokens, deadline = [], 0, time.monotonic() + PATIENCE_SECONDS
-        while self._wave_tokens is None or tokens < self._wave_tokens:
+        done, self._carried, deadline = self._carried, [], time.monotonic() + PATIENCE_SECONDS
+        tokens = sum(map(self._rollouts.tokens, done))
+        while time.monotonic() < deadline:
             ended = not self._runner.is_alive()  # asked first: what it has put into the queue by then is all there is
             try:
                 index = self._rollouts.finished.get(block=not ended, timeout=0.2)
             except queue.Empty:
                 if ended:
                     return done, self._how_it_ended()
-                if time.monotonic() > deadline:
-                    break
                 continue
+            tokens += self._rollouts.tokens(index)
+            if self._wave_tokens is not None and done and tokens > self._wave_tokens:
+                self._carried = [index]
+                break
             done.append(index)
-            tokens += sum(map(len, self._rollouts.group(index)))
         return done, _GOES_ON
 
     def _run(self) -> None:

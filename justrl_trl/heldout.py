@@ -14,10 +14,10 @@ def heldout_accuracy(trainer) -> float | None:
     if trainer.heldout_dataset is None:
         return None
     rollouts, n = None, trainer.args.heldout_generations
+    prompts = trainer._tokenize_prompts(list(trainer.heldout_dataset["prompt"]))[0]
     if trainer.accelerator.is_main_process:
-        prompts = trainer._tokenize_prompts(list(trainer.heldout_dataset["prompt"]))[0]
         rollouts = Rollouts(trainer.pool, prompts, trainer.sampling(n, trainer.max_completion_length, _SEED_OFFSET))
-    trainer.finish_rollouts(rollouts, len(trainer.heldout_dataset))
+    trainer.finish_rollouts("held-out problems", rollouts, len(prompts))
     return on_rank_zero(lambda: _rewarded(trainer, rollouts.responses()), trainer.accelerator)
 
 

@@ -10,6 +10,7 @@ only say which server is up.
 
 import math
 import queue
+import resource
 import threading
 import time
 from collections import deque
@@ -102,6 +103,7 @@ class RolloutPool:
         self._updates = 0  # begun and ended; odd during a push, when what a probe sees of versions means nothing
         self._heartbeat, self._heartbeat_timeout = heartbeat_seconds, heartbeat_timeout
         self._lengths: dict[int, float] = {}  # response tokens seen per prompt, for the order of dispatch
+        _allow_many_connections()
         self._checks: list[Callable[[RolloutClient], None]] = []
         self._closed = threading.Event()
         for member in self.members:
@@ -122,7 +124,7 @@ class RolloutPool:
             if member is None:
                 raise AllServersDown(f"No live server to score tokens. {self.describe()}")
             try:
-                return member.client.prompt_logprobs(ids)
+                return member.client.prompt_logprobs(ids, self._heartbeat_timeout)  # no response of thousands of tokens
             except RequestRefused:
                 raise
             except ServerError as error:
@@ -221,6 +223,8 @@ class RolloutPool:
                         check(member.client)
             except ServerError as caught:
                 version, error = None, caught
+            except Exception as caught:  # a probe that ended would leave its server unwatched for good
+                version, error = None, ServerError(f"{member.url} cannot be checked ({type(caught).__name__}: {caught})")
             if updates % 2 or updates != self._updates:
                 continue  # a push was under way
             if error is not None:
@@ -233,6 +237,13 @@ class RolloutPool:
                 self.say(f"rollout server {member.url} is back {fit}")
             elif member.state == LIVE and version != self.version:
                 member.state = STALE  # restarted between two probes
+
+
+def _allow_many_connections() -> None:
+    """One request is one connection, and some thousand may be open at once; shells often allow a process 1,024 files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Rollouts:
@@ -268,6 +279,10 @@ class Rollouts:
     def group(self, index: int) -> list[list[int]]:
         """The responses of one finished prompt."""
         return self._responses[index]
+
+    def tokens(self, index: int) -> int:
+        """Tokens of the sequences, prompt and response, that one finished prompt makes."""
+        return sum(len(self._prompts[index]) + len(ids) for ids in self._responses[index])
 
     def run(self, on_done: Callable[[int, int], None] = lambda tokens, left: None) -> None:
         """Ask until everything is there. May be called again after `WeightsNeeded`.

@@ -38,7 +38,7 @@ def robust_reward(
     """TRL reward function: `grading.grade_answer` on each completion, in {-1.0, +1.0}.
 
     Symbolic work runs in a killable process, 5 seconds an answer at most; what was not graded is wrong and counted
-    (`grading/timeouts` and the like), never fatal.
+    (`grading/timeouts`, as a share of the completions, and the like), never fatal.
 
     Args:
         completions: [num_completions] strings or message lists.
@@ -53,7 +53,7 @@ def robust_reward(
     if log_metric is not None:
         log_metric("accuracy", sum(verdict.correct for verdict in verdicts) / max(len(verdicts), 1))
         for name, count in pool.counts().items():
-            log_metric(f"grading/{name}", count - before[name])
+            log_metric(f"grading/{name}", (count - before[name]) / max(len(verdicts), 1))
     return [CORRECT if verdict.correct else WRONG for verdict in verdicts]
 
 

@@ -38,6 +38,9 @@ class Sampling:
     seed: int
 
 
+_ANSWER_SECONDS = 60.0  # what is known at once need not have the deadline of a whole response
+
+
 class RequestRefused(ServerError):
     """The request itself is at fault: no server will take it."""
 
@@ -90,7 +93,7 @@ class RolloutClient:
             "seed": seed % 2**31,
             "return_token_ids": True,
         }
-        with self._understanding("/v1/completions"):
+        with self.understanding("/v1/completions"):
             choices = self._call("POST", "/v1/completions", body)["choices"]
             responses = [choice.get("token_ids") for choice in sorted(choices, key=lambda choice: choice["index"])]
         if len(responses) != sampling.n or not all(responses):
@@ -100,11 +103,15 @@ class RolloutClient:
             )
         return responses
 
-    def prompt_logprobs(self, ids: list[int]) -> list[float]:
-        """Log-probability of each token but the first given those before it: `len(ids) - 1` floats, temperature 1."""
+    def prompt_logprobs(self, ids: list[int], seconds: float | None = None) -> list[float]:
+        """Log-probability of each token but the first given those before it: `len(ids) - 1` floats, temperature 1.
+
+        Args:
+            seconds: deadline of the answer.
+        """
         body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
-        with self._understanding("/v1/completions"):
-            entries = self._call("POST", "/v1/completions", body)["choices"][0]["prompt_logprobs"][1:]
+        with self.understanding("/v1/completions"):
+            entries = self._call("POST", "/v1/completions", body, seconds)["choices"][0]["prompt_logprobs"][1:]
             return [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries, strict=True)]
 
     # -- knowing ------------------------------------------------------------------------------------------------------
@@ -113,29 +120,30 @@ class RolloutClient:
     def model(self) -> str:
         """Name under which the server serves its one model."""
         if self._model is None:
-            with self._understanding("/v1/models"):
-                self._model = self._call("GET", "/v1/models")["data"][0]["id"]
+            with self.understanding("/v1/models"):
+                self._model = self._call("GET", "/v1/models", seconds=_ANSWER_SECONDS)["data"][0]["id"]
         return self._model
 
     def vllm_config(self) -> dict:
         """The server's resolved configuration, as vLLM's `/server_info` tells it."""
-        with self._understanding("/server_info"):
-            return self._call("GET", "/server_info?config_format=json")["vllm_config"]
+        with self.understanding("/server_info"):
+            return self._call("GET", "/server_info?config_format=json", seconds=_ANSWER_SECONDS)["vllm_config"]
 
     def world_size(self) -> int:
         """Workers behind this server (tensor x pipeline x data parallel)."""
-        with self._understanding("/get_world_size"):
-            return int(self._call("GET", "/get_world_size")["world_size"])
+        with self.understanding("/get_world_size"):
+            return int(self._call("GET", "/get_world_size", seconds=_ANSWER_SECONDS)["world_size"])
 
     def health(self, seconds: float) -> str:
         """The version of the weights of a server that answers within `seconds`."""
         self._call("GET", "/health", seconds=seconds)
-        return self._call("GET", "/weight_info", seconds=seconds)["weight_version"]
+        with self.understanding("/weight_info"):
+            return self._call("GET", "/weight_info", seconds=seconds)["weight_version"]
 
     def weight_version(self) -> str:
         """The version stamped by the last finished push; `default` for weights from disk."""
-        with self._understanding("/weight_info"):
-            return self._call("GET", "/weight_info")["weight_version"]
+        with self.understanding("/weight_info"):
+            return self._call("GET", "/weight_info", seconds=_ANSWER_SECONDS)["weight_version"]
 
     # -- telling ------------------------------------------------------------------------------------------------------
 
@@ -190,11 +198,11 @@ class RolloutClient:
         if answer.status_code != 200:
             refused = answer.status_code in (400, 413, 422)  # another server would say the same
             raise (RequestRefused if refused else ServerError)(f"{where} answered {answer.status_code}: {_reason(answer)}")
-        with self._understanding(path):
+        with self.understanding(path):
             return answer.json() if answer.content else {}
 
     @contextlib.contextmanager
-    def _understanding(self, path: str):
+    def understanding(self, path: str):
         """An answer of another shape than vLLM's is a server's fault like any other, not a bug of the trainer."""
         try:
             yield

@@ -59,7 +59,7 @@ class RunFolder:
             Where the old folder went, if there was one.
         """
         moved = None
-        if not resume and self.metrics.exists():
+        if not resume and any(file.exists() for file in (self.config, self.metrics, self.validation)):
             stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
             moved = self.path.with_name(f"{self.path.name}-before-{stamp}")
             self.path.rename(moved)

@@ -73,7 +73,7 @@ def connect(model: str, training: JustRLConfig, servers: list[ManagedServer]) ->
 def wait_for(
     clients: list[RolloutClient], check: Callable[[RolloutClient], None], seconds: float
 ) -> dict[RolloutClient, Unreachable]:
-    """Wait until all servers answer and pass `check`, but no longer than `seconds`.
+    """Wait until all servers answer and pass `check`, but no longer than `seconds` and the deadline of one answer.
 
     Returns:
         Those that did not answer, and why.
@@ -106,7 +106,8 @@ def wait_for(
 def check_server(client: RolloutClient, model: str, training: JustRLConfig) -> None:
     """Raises `ServerError` if the server is not one that this run can use."""
     url, config = client.url, client.vllm_config()
-    served, length = config["model_config"]["model"], config["model_config"]["max_model_len"]
+    with client.understanding("/server_info"):
+        served, length = config["model_config"]["model"], config["model_config"]["max_model_len"]
     if _canonical(served) != _canonical(model):
         raise ServerError(
             f"The server at {url} serves {served!r}, the trainer trains {model!r}. Weights of one do not fit the other: start "

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from justrl_trl.balance import deal, micro_batches_needed, plan_micro_batches
-from justrl_trl.metrics import scoring_sums
+from justrl_trl.metrics import SCORING_SUMS, scoring_sums
 from justrl_trl.micro_batches import OptimizerStep
 from justrl_trl.packing import PackedRow, Sequence, pack
 
@@ -83,6 +83,8 @@ class Scores:
     def sums(self, everyone: list[Sequence]) -> torch.Tensor:
         """This rank's `metrics.SCORING_SUMS`, `(3,)`: entropy costs nothing extra here, and the reference logs it here too."""
         rows = [s for s in everyone if s.row in self._entropies]
+        if not rows:  # of few sequences on many ranks, this one got none but repeated ones
+            return torch.zeros(len(SCORING_SUMS), dtype=torch.float64, device=self._accelerator.device)
         rows.sort(key=lambda s: s.row)
         entropies = [self._entropies[s.row][: s.response_length] for s in rows]
         order = reference_order([self._lengths[s.row] for s in rows], self._budget)

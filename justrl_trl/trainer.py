@@ -44,6 +44,7 @@ from justrl_trl.stages import StageClock
 from justrl_trl.weight_sync import WeightSync
 
 _PROBE_PROMPTS, _PROBE_TOKENS = 4, 256
+_WAVE_FILL = 0.9
 
 
 class JustRLTrainer(GRPOTrainer):
@@ -133,9 +134,10 @@ class JustRLTrainer(GRPOTrainer):
         if self.accelerator.is_main_process:
             rollouts = Rollouts(self.pool, [p.tolist() for p in prompts[::n]], self.sampling(n, self.max_completion_length))
         early = self.args.score_while_sampling and self.model.training
-        full = self.accelerator.num_processes * self.args.max_tokens_per_micro_batch  # a full micro-batch on every rank
+        # one micro-batch on every rank, full but for what dealing whole sequences to them needs
+        full = int(_WAVE_FILL * self.accelerator.num_processes * self.args.max_tokens_per_micro_batch)
         rows: dict[int, torch.Tensor] = {}
-        with self.progress_bar(len(prompts) // n) as on_done:
+        with self.progress_bar("generation", len(prompts) // n) as on_done:
             generation = Generation(rollouts, n, full if early else None, self.accelerator, on_done)
             for wave, more in generation.waves(self.push_weights, self.save_before_giving_up):
                 rows |= wave
@@ -146,14 +148,15 @@ class JustRLTrainer(GRPOTrainer):
                         )
         return [rows[i] for i in range(len(prompts))]
 
-    def finish_rollouts(self, rollouts: Rollouts | None, prompts: int) -> None:
+    def finish_rollouts(self, what: str, rollouts: Rollouts | None, prompts: int) -> None:
         """Sample what rank 0 alone needs, beside training; on all ranks.
 
         Args:
+            what: title of the progress bar.
             rollouts: on rank 0.
             prompts: how many it asks for.
         """
-        with self.progress_bar(prompts) as on_done:
+        with self.progress_bar(what, prompts) as on_done:
             Generation(rollouts, 1, None, self.accelerator, on_done).finish(self.push_weights, self.save_before_giving_up)
 
     def sampling(self, n: int, max_tokens: int, seed_offset: int = 0) -> Sampling:
@@ -172,10 +175,10 @@ class JustRLTrainer(GRPOTrainer):
         )
 
     @contextmanager
-    def progress_bar(self, prompts: int):
+    def progress_bar(self, what: str, prompts: int):
         """In rank 0's terminal: prompts done, tokens per second, and how many still run. Yields `on_done(tokens, left)`."""
         off = None if self.accelerator.is_main_process else True  # None: off where there is no terminal
-        with tqdm(total=prompts, desc="generation", unit="prompt", leave=False, disable=off) as bar:
+        with tqdm(total=prompts, desc=what, unit="prompt", leave=False, disable=off) as bar:
             tokens = 0
 
             def on_done(count: int, left: int) -> None:
@@ -256,8 +259,13 @@ class JustRLTrainer(GRPOTrainer):
         """Log-probability and entropy `(N,)` of every response token, without gradients. All ranks call it: a ZeRO-3 forward
         is a collective. It takes the same way through the model as training does: DeepSpeed loses track of an untied head that
         is called as a module once and read directly later."""
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            return self._forward(self.model, row)
+        training = self.model.training
+        self.model.eval()  # as the reference scores: without the dropout that adapters bring along
+        try:
+            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+                return self._forward(self.model, row)
+        finally:
+            self.model.train(training)
 
     def _measure_gap(self, steps: list[OptimizerStep]) -> None:
         """How far the server's probabilities are from the trainer's, on a few responses of this rollout step: samples of a

@@ -20,12 +20,15 @@ from justrl_trl.evaluation import SampleRequests, check_fits, eval_sampling, pro
 from justrl_trl.evaluation_grades import vote
 from justrl_trl.evaluation_tasks import find_tasks
 from justrl_trl.grading_pool import GradingPool
-from justrl_trl.run_folder import RunFolder, append_jsonl
+from justrl_trl.run_folder import RunFolder, append_jsonl, read_jsonl
 from justrl_trl.scores import BenchmarkScore, Sample, score
+
+_MOST_WORKERS = 16  # each is an interpreter that imports sympy; a node has other work for its cores
 
 
 class Validate(TrainerCallback):
-    """Validates before the first rollout step, after every `validation_every`, and after the last.
+    """Validates before the first rollout step, after every `validation_every`, and after the last; each time when the rollout
+    step before it is logged and its checkpoint saved, so that a failure here loses nothing.
 
     Args:
         training: names the benchmarks and how they are sampled.
@@ -43,9 +46,10 @@ class Validate(TrainerCallback):
     def __init__(self, training: JustRLConfig, tokenizer, folder: RunFolder):
         self._training, self._tokenizer, self._folder = training, tokenizer, folder
         self.trainer = None
-        self.tasks = find_tasks(
-            training.validation_benchmarks, data_dir=training.validation_data_dir, samples=training.validation_samples
-        )
+        with training.distributed_state.local_main_process_first():  # the Hub is asked once per node
+            self.tasks = find_tasks(
+                training.validation_benchmarks, data_dir=training.validation_data_dir, samples=training.validation_samples
+            )
         self._requests = [
             request
             for task in self.tasks
@@ -56,18 +60,22 @@ class Validate(TrainerCallback):
         longest, context = training.validation_max_new_tokens, training.vllm_max_model_length
         check_fits(self._requests, longest, context, "A rollout server", option="--validation_max_new_tokens")
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        if state.global_step == 0:
-            self._validate(state, control)
+    def on_step_begin(self, args, state, control, **kwargs):
+        # not when the rollout step before ends: its metrics are logged and its checkpoint is saved after that
+        if state.global_step % (args.validation_every * args.optimizer_steps_per_rollout_step) == 0:
+            self._validate(state)
 
-    def on_step_end(self, args, state, control, **kwargs):
-        ends = state.global_step == state.max_steps
-        if ends or state.global_step % (args.validation_every * args.optimizer_steps_per_rollout_step) == 0:
-            self._validate(state, control)
+    def on_train_end(self, args, state, control, **kwargs):
+        self._validate(state)
 
-    def _validate(self, state, control) -> None:
-        """On all ranks."""
+    def _validate(self, state) -> None:
+        """On all ranks, unless this rollout step has been validated: a resumed run begins where another one has been."""
         trainer, args = self.trainer, self._training
+        step = args.rollout_step(state.global_step)
+        if on_rank_zero(
+            lambda: any(row["rollout_step"] == step for row in read_jsonl(self._folder.validation)), trainer.accelerator
+        ):
+            return
         with trainer.clock.stage("validation"):
             sampler = None
             if trainer.accelerator.is_main_process:
@@ -78,15 +86,11 @@ class Validate(TrainerCallback):
                     top_p=args.validation_top_p,
                 )
                 sampler = SampleRequests(trainer.pool, self._requests, sampling)
-            trainer.finish_rollouts(sampler, len(self._requests))
+            trainer.finish_rollouts("validation", sampler, len(self._requests))
             scores = on_rank_zero(lambda: self._grade(sampler), trainer.accelerator)
-        # not GRPOTrainer.log, which would take the metrics of the rollout step that is not logged yet; and HF counts any log as
-        # the one that is due
-        due = control.should_log
+        # not GRPOTrainer.log, which would take the metrics of a rollout step with it
         Trainer.log(trainer, metrics_of(scores))
-        control.should_log = due
         if trainer.accelerator.is_main_process:
-            step = args.rollout_step(state.global_step)
             for name, one in scores.items():
                 append_jsonl(self._folder.validation, {"rollout_step": step, "benchmark": name, **asdict(one)})
             trainer.pool.say(f"validation after rollout step {step}: {', '.join(map(_words, scores, scores.values()))}")
@@ -97,7 +101,7 @@ class Validate(TrainerCallback):
         texts = [self._tokenizer.decode(response.ids, skip_special_tokens=True) for response in responses]
         answers = {(task.name, i): problem.answer for task in self.tasks for i, problem in enumerate(task.problems)}
         truths = [answers[r.request.benchmark, r.request.problem] for r in responses]
-        with GradingPool(workers=len(os.sched_getaffinity(0))) as pool:
+        with GradingPool(workers=min(_MOST_WORKERS, len(os.sched_getaffinity(0)))) as pool:
             verdicts = pool.grade(zip(texts, truths, strict=True), self._training.validation_grader)
         samples: dict[str, list[Sample]] = {task.name: [] for task in self.tasks}
         for response, text, verdict in zip(responses, texts, verdicts, strict=True):

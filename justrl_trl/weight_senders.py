@@ -60,6 +60,8 @@ class GlooSender:
             PushBroken: some server failed and is marked down; the others still hold their old weights.
         """
         reachable = self._pool.reachable()
+        if not reachable:
+            raise PushBroken("no server can be reached")
         # one that was lost and came back is another process, which knows nothing of the group
         if self._group is None or self._formed_by != [(member, member.failures) for member in reachable]:
             self._connect(reachable, weights)
@@ -189,6 +191,8 @@ class NcclSender:
     def send(self, weights: PolicyWeights, version: str) -> list[Member]:
         """As `GlooSender.send`."""
         reachable = self._pool.reachable()
+        if not reachable:
+            raise PushBroken("no server can be reached")
         self._version = version
         try:
             formed_by = [(member, member.failures) for member in reachable]

@@ -9,11 +9,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from justrl_trl.collectives import raise_together
+from justrl_trl.collectives import on_rank_zero, raise_together
 from justrl_trl.packing import Sequence
 from justrl_trl.policy_weights import PolicyWeights
 from justrl_trl.pool import LIVE, STALE, AllServersDown, RolloutPool
-from justrl_trl.rollout import RolloutClient
+from justrl_trl.rollout import RolloutClient, Unreachable
 from justrl_trl.server import ServerError
 from justrl_trl.vllm_plugin import BACKEND as GLOO_BACKEND
 from justrl_trl.weight_senders import SENDERS, PushBroken
@@ -44,17 +44,10 @@ class WeightSync:
     ):
         self._accelerator, self._pool = accelerator, pool
         self.version: str | None = None
-        # ranks other than 0 never send, so their dtype does not matter
         self._weights = PolicyWeights(model, torch.bfloat16)
-        error = None
+        self._weights.dtype, backend = on_rank_zero(lambda: _agreed(pool), accelerator)
         if accelerator.is_main_process:
-            try:
-                dtype, backend = _agreed(pool)
-                self._weights.dtype = dtype
-                self._sender = SENDERS[backend](pool, address, port, timeout_seconds)
-            except Exception as caught:  # every rank must hear of it
-                error = caught
-        raise_together(error, accelerator)
+            self._sender = SENDERS[backend](pool, address, port, timeout_seconds)
 
     def push(self, version: str) -> None:
         """Send the current policy to every server that can be reached, stamp it `version`, read the stamps back.
@@ -71,11 +64,12 @@ class WeightSync:
 
     def _attempt(self, version: str, attempt: int) -> bool:
         """One pass of the weights; whether it arrived."""
+        # before the pass: once it has begun, the other ranks wait in a gather
+        on_rank_zero(lambda: self._pool.wait_for_one((LIVE, STALE)), self._accelerator)
         error, arrived = None, False
         if self._accelerator.is_main_process:
             iter(self._weights)  # a pass to drain, even if `send` fails before it begins one
             try:
-                self._pool.wait_for_one((LIVE, STALE))
                 with self._pool.update():
                     self._pool.current(self._sender.send(self._weights, version), version)
                 arrived = True
@@ -122,8 +116,14 @@ class WeightSync:
 
 def _agreed(pool: RolloutPool) -> tuple[torch.dtype, str]:
     """Weight dtype and transfer backend of the servers, which must be the same everywhere, also where one joins later."""
-    pool.wait_for_one((LIVE, STALE))
-    seen = {member.url: _weights_wanted(member.client) for member in pool.reachable()}
+    seen: dict[str, tuple[str, str]] = {}
+    while not seen:
+        pool.wait_for_one((LIVE, STALE))
+        for member in pool.reachable():
+            try:
+                seen[member.url] = _weights_wanted(member.client)
+            except Unreachable as error:
+                pool.lose(member, error)
     if len(set(seen.values())) > 1:
         raise ServerError(f"The servers differ in weight dtype or transfer backend: {seen}. One push cannot feed them all.")
     agreed = next(iter(seen.values()))
@@ -139,6 +139,8 @@ def _agreed(pool: RolloutPool) -> tuple[torch.dtype, str]:
 def _weights_wanted(client: RolloutClient) -> tuple[str, str]:
     """Dtype name and transfer backend of one server."""
     config = client.vllm_config()
+    with client.understanding("/server_info"):
+        dtype = config["model_config"]["dtype"].removeprefix("torch.")
     backend = (config.get("weight_transfer_config") or {}).get("backend")
     if backend not in SENDERS:
         raise ServerError(
@@ -146,4 +148,4 @@ def _weights_wanted(client: RolloutClient) -> tuple[str, str]:
             f'Start it with --weight-transfer-config \'{{"backend": "{GLOO_BACKEND}"}}\' (any machine) or '
             '\'{"backend": "nccl"}\' (a GPU of its own).'
         )
-    return config["model_config"]["dtype"].removeprefix("torch."), backend
+    return dtype, backend

@@ -137,6 +137,22 @@ class SameResponses:
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
 
+class Served(SameResponses, JustRLTrainer):
+    """This package's trainer with its own sampling, from `pool`, whose servers give the recorded responses."""
+
+    def _generate_single_turn(self, *args, **kwargs):
+        rows = JustRLTrainer._generate_single_turn(self, *args, **kwargs)
+        torch.manual_seed(1234 + self.accelerator.process_index)  # as `SameResponses`
+        return rows
+
+    def _require_current_weights(self) -> None:
+        pass
+
+    def push_weights(self) -> None:
+        for name in ("max", "mean"):
+            self._metrics["train"][f"sync/logprob_gap_{name}"].append(0.0)
+
+
 class _KeepRecords(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
@@ -201,11 +217,13 @@ class Ours(SameResponses, JustRLTrainer):
 
 @dataclass
 class Case:
-    """One run. `trainer`: stock (TRL with our denominator), trl (TRL untouched) or ours; `changes` go to its configuration."""
+    """One run. `trainer`: stock (TRL with our denominator), trl (TRL untouched), ours, or served (ours, from a pool); `changes`
+    go to its configuration."""
 
     trainer: str
     tied: bool = False
     lora: bool = False
+    lora_dropout: float = 0.0
     model: dict = field(default_factory=dict)  # sizes of the model
     longest: int = 40  # response tokens
     responses: int = 64  # per rollout step
@@ -243,7 +261,7 @@ class Case:
             "disable_tqdm": True,
             "tf32": False if torch.cuda.is_available() else None,
         }
-        if self.trainer == "ours":
+        if self.trainer in ("ours", "served"):
             ours = {
                 "generation_batch_size": self.responses,
                 "steps_per_generation": self.optimizer_steps,
@@ -282,7 +300,7 @@ def _partitioned(args):
 
 def build(case: Case, folder: str):
     """The trainer of a case."""
-    kind = {"ours": Ours, "stock": Stock, "trl": Untouched}[case.trainer]
+    kind = {"ours": Ours, "served": Served, "stock": Stock, "trl": Untouched}[case.trainer]
     tokenizer = tiny._tokenizer()
     trainer = kind(
         model=small_model(case.tied, len(tokenizer), **case.model),
@@ -290,8 +308,10 @@ def build(case: Case, folder: str):
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS]),
         reward_funcs=reward,
         processing_class=tokenizer,
-        peft_config=LoraConfig(target_modules=["q_proj", "v_proj", "up_proj"], r=4) if case.lora else None,
-        **({"pool": None} if case.trainer == "ours" else {}),
+        peft_config=LoraConfig(target_modules=["q_proj", "v_proj", "up_proj"], r=4, lora_dropout=case.lora_dropout)
+        if case.lora
+        else None,
+        **({"pool": None} if case.trainer in ("ours", "served") else {}),
     )
     if case.lora:  # B starts at zero, and with it the gradient of A
         torch.manual_seed(3)

@@ -52,6 +52,25 @@ def config(**given) -> JustRLConfig:
     return JustRLConfig(**given)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("validation_samples", 0),
+        ("validation_temperature", -1.0),
+        ("validation_top_p", 0.0),
+        ("validation_top_p", 1.5),
+        ("validation_every", 0),
+        ("overlong_penalty_factor", -1.0),
+        ("overlong_penalty_factor", float("nan")),
+        ("verifier", "lenient"),
+        ("validation_grader", "model"),
+    ],
+)
+def test_values_of_validation_and_ablations_that_make_no_sense_are_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r}"):
+        JustRLConfig(**{name: value})
+
+
 @pytest.mark.parametrize("name", TABLE_2)
 def test_default_is_the_value_of_table_2(name, ranks):
     ranks(32)

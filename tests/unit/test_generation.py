@@ -40,7 +40,7 @@ def test_a_wave_comes_while_others_are_sampled(make, accelerator):  # noqa: F811
         return good(method, path, body)
 
     server.behave = last_one_hangs
-    tokens = sum(map(len, expected(PROMPTS[:10])))
+    tokens = 12 * 10  # of ten prompts
     rows, sizes = {}, []
     for wave, more in Generation(Rollouts(pool, PROMPTS, SAMPLING), SAMPLING.n, tokens, accelerator).waves(NEVER, NEVER):
         rows |= {place: ids.tolist() for place, ids in wave.items()}
@@ -49,6 +49,22 @@ def test_a_wave_comes_while_others_are_sampled(make, accelerator):  # noqa: F811
             release.set()  # not before half of it has been seen: it did come early
     assert [rows[place] for place in range(len(rows))] == expected(PROMPTS)
     assert len(sizes) >= 2 and all(size % SAMPLING.n == 0 for size in sizes)
+
+
+def test_a_wave_holds_no_more_tokens_than_it_may_prompts_included(make, accelerator):  # noqa: F811
+    pool, _ = make()
+    sizes = []
+    for wave, _ in Generation(Rollouts(pool, PROMPTS, SAMPLING), SAMPLING.n, 45, accelerator).waves(NEVER, NEVER):
+        # a prompt of one token and its three responses of one to three more than it: (1 + 2) + (1 + 3) + (1 + 4) = 12
+        sizes.append(sum(1 + len(ids) for ids in wave.values()))
+        assert len(wave) % SAMPLING.n == 0
+    assert sum(sizes) == 12 * len(PROMPTS) and max(sizes) <= 45 and sizes.count(36) >= len(sizes) - 1
+
+
+def test_a_prompt_larger_than_a_wave_is_a_wave_of_its_own(make, accelerator):  # noqa: F811
+    pool, _ = make()
+    rows, waves = collect(Generation(Rollouts(pool, PROMPTS[:3], SAMPLING), SAMPLING.n, 5, accelerator))
+    assert rows == expected(PROMPTS[:3]) and waves == [(3, True), (3, True), (3, False)]
 
 
 def test_ranks_hear_from_rank_0_however_long_a_response_takes(make, accelerator, monkeypatch):  # noqa: F811

@@ -1,5 +1,6 @@
 """Whatever servers do, every prompt comes back once, in order, with the seeds it was asked for."""
 
+import resource
 import threading
 import time
 
@@ -288,6 +289,39 @@ def test_scoring_asks_the_next_server_when_one_fails(make):
 
     other.behave = score
     assert pool.prompt_logprobs([3, 7]) == [-0.5]
+
+
+def test_scoring_waits_for_a_hung_server_no_longer_than_a_probe_would(make):
+    pool, (hanging, other) = make(2, heartbeat_timeout=0.5)
+    hanging.behave = lambda method, path, body: (time.sleep(4), good(method, path, body))[1]
+    other.behave = lambda method, path, body: (200, {"choices": [{"prompt_logprobs": [None, {"7": {"logprob": -0.5}}]}]})
+    started = time.monotonic()
+    assert pool.prompt_logprobs([3, 7]) == [-0.5]
+    assert time.monotonic() - started < 2, "the deadline of a response is 5 s here, and an hour in a run"
+
+
+def test_whatever_a_check_raises_its_server_is_probed_again(make):
+    pool, (first, _) = make(2)
+    faults = [KeyError("model_config"), ServerError("another model")]
+
+    def check(client):
+        if client.url == first.fake.url and faults:
+            raise faults.pop(0)
+
+    pool.require(check)
+    pool.lose(pool.members[0], "tried out")
+    wait(lambda: pool.members[0].state == LIVE)
+    assert any("cannot be checked (KeyError: 'model_config')" in line for line in pool.told) and not faults
+
+
+def test_a_shell_that_allows_few_files_does_not_limit_the_connections(make):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+    try:
+        make()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_busy_time_counts_when_anything_is_in_flight(make):

@@ -48,6 +48,10 @@ def test_every_token_gets_its_own_log_probability_in_however_many_waves(accelera
     assert 0 < reference < entropy
 
 
+def test_a_rank_that_only_repeated_others_sequences_has_no_entropy_of_its_own(accelerator):
+    assert Scores(forward, accelerator, budget=80).sums(numbered(1, 3)).tolist() == [0, 0, 0]
+
+
 def test_nothing_is_scored_twice(accelerator):
     seen = []
     scores = Scores(lambda row: (seen.extend(row.lengths), forward(row))[1], accelerator, budget=80)

@@ -4,10 +4,18 @@ One process, float32, four optimizer steps of one rollout step: the first on-pol
 the clips. Two ranks are in `tests/integration/test_ranks.py`.
 """
 
+import time
+
 import pytest
 import torch
 
-from tests.side_by_side import Case, build, error, run
+from justrl_trl.pool import RolloutPool
+from justrl_trl.rollout import RolloutClient
+from justrl_trl.scoring import Scores
+from tests.side_by_side import Case, build, error, response, run
+
+from .fake_server import FakeServer
+from .test_rollout import COMPLETIONS, MODELS
 
 FIRST, LATER = 1e-5, 1e-4  # relative error of the whole gradient; later ones carry the difference of earlier updates
 
@@ -55,6 +63,46 @@ def test_any_token_budget_gives_the_same_gradient(stock, budget):
 
 def test_scoring_while_others_are_sampled_changes_nothing(stock):
     assert_same(run("ours", waves=[1, 30]), stock["untied"])
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_responses_from_a_server_train_as_the_same_ones_from_a_list(stock, tmp_path, early):
+    """The whole way: prompts to a server, waves of responses back, scored while others are sampled, shuffled, trained."""
+    changes = {"score_while_sampling": early, "seed": 1}
+    trainer = build(Case("served", budget=104, changes=changes), str(tmp_path))
+    longest, vocabulary, eos = 40, trainer.model.config.vocab_size, trainer.processing_class.eos_token_id
+
+    def answer(method, path, body):
+        if path != COMPLETIONS:
+            return 200, MODELS if path == "/v1/models" else {"weight_version": "1"}
+        time.sleep(0.02 * (body["seed"] % 3))  # they come back in another order than they were asked for
+        ids = [response(body["prompt"], copy, longest, vocabulary, eos) for copy in range(body["n"])]
+        return 200, {"choices": [{"index": i, "token_ids": one} for i, one in enumerate(ids)]}
+
+    server = FakeServer(answer)
+    trainer.pool = RolloutPool([RolloutClient(server.url, "key")], max_num_seqs=8, say=lambda line: None)
+    trainer.pool.current(trainer.pool.members, "1")
+    waves = []
+    original = Scores.score
+    scored = lambda self, sequences: (waves.append(len(sequences := list(sequences))), original(self, sequences))[1]  # noqa: E731
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Scores, "score", scored)
+            trainer.train()
+    finally:
+        trainer.pool.close()
+        server.close()
+    assert (len(waves) > 2) == early
+    assert_same(trainer.seen, stock["untied"])
+
+
+def test_adapters_are_scored_without_their_dropout():
+    """Otherwise the first optimizer step would already see ratios that no update has made: 1.01 and 7 % clipped, at 0.05."""
+    plain, dropped = (
+        run("ours", lora=True, lora_dropout=rate, learning_rate=1e-9, optimizer_steps=1)["metrics"][0] for rate in (0.0, 0.3)
+    )
+    assert plain["ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    assert dropped["entropy"] == pytest.approx(plain["entropy"], rel=1e-6)
 
 
 def test_what_was_scored_and_is_then_masked_changes_nothing():

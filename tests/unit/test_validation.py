@@ -1,7 +1,10 @@
 """Validation measures what it says with sampling of its own, and training does not notice that it was there."""
 
 import json
+import random
+from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -45,18 +48,20 @@ def trained(tmp_path, problems):
     """`trained(every)`: what a run of four rollout steps saw, and its folder; without validation where `every` is None."""
     server, pools = FakeServer(answer), []
 
-    def run(every: int | None):
+    def run(every: int | None, **more):
         changes = {
             "validation_benchmarks": str(problems) if every else None,
             "validation_every": every or 1,
             "validation_samples": 3,
             "validation_max_new_tokens": 64,
             "seed": 1,
+            **more,
         }
         trainer = build(Case("ours", rollout_steps=4, changes=changes), str(tmp_path / f"run-{every}"))
         trainer.pool = RolloutPool([RolloutClient(server.url, "key")], say=said.append)
         trainer.pool.current(trainer.pool.members, "1")
         pools.append(trainer.pool)
+        run.trainers.append(trainer)
         folder = RunFolder(trainer.args.output_dir)
         if every:
             validate = Validate(trainer.args, TOKENIZER, folder)
@@ -66,7 +71,7 @@ def trained(tmp_path, problems):
         return trainer, folder
 
     said: list[str] = []
-    run.said, run.server = said, server
+    run.said, run.server, run.trainers = said, server, []
     yield run
     for pool in pools:
         pool.close()
@@ -102,6 +107,50 @@ def test_training_does_not_notice(trained):
         assert rows[0] == rows[1] and len(rows[0]) == 4, name
 
 
+def test_it_draws_no_random_number_of_the_trainer(trained, monkeypatch):
+    seen = []
+    validate = Validate._validate
+
+    def watched(self, state):
+        before = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+        validate(self, state)
+        after = torch.get_rng_state(), random.getstate(), numpy.random.get_state()
+        seen.append(torch.equal(before[0], after[0]) and str(before[1:]) == str(after[1:]))
+
+    monkeypatch.setattr(Validate, "_validate", watched)
+    trained(2)
+    assert seen == [True] * 3
+
+
+def test_a_validation_that_fails_costs_no_rollout_step(trained, monkeypatch):
+    """The rollout step before it is logged and its checkpoint saved by then."""
+    grade, count = Validate._grade, []
+
+    def failing(self, sampler):
+        count.append(1)
+        if len(count) == 2:
+            raise RuntimeError("no grading worker starts")
+        return grade(self, sampler)
+
+    monkeypatch.setattr(Validate, "_grade", failing)
+    with pytest.raises(RuntimeError, match="no grading worker"):
+        trained(2, save_rollout_steps=2)
+    trainer = trained.trainers[-1]
+    assert trainer.state.global_step == 8 and (Path(trainer.args.output_dir) / "checkpoint-8").is_dir()
+    assert len([row for row in trainer.seen["metrics"] if "reward" in row]) == 2
+
+
+def test_what_has_been_validated_is_not_validated_again(trained):
+    _, folder = trained(2)
+    rows = read_jsonl(folder.validation)
+    asked = len(trained.server.bodies(COMPLETIONS))
+    trainer = trained.trainers[-1]
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, Validate):
+            callback.on_train_end(trainer.args, trainer.state, trainer.control)
+    assert read_jsonl(folder.validation) == rows and len(trained.server.bodies(COMPLETIONS)) == asked
+
+
 def test_it_samples_with_settings_of_its_own(trained):
     trained(4)
     for body in trained.server.bodies(COMPLETIONS):
@@ -113,7 +162,7 @@ def test_it_samples_with_settings_of_its_own(trained):
 def test_its_time_is_a_stage_of_its_own(trained):
     trainer, _ = trained(1)
     rows = [row for row in trainer.seen["metrics"] if "reward" in row]
-    assert all(0 < row["seconds/validation"] < row["seconds/total"] for row in rows)
+    assert len(rows) == 4 and all(0 < row["seconds/validation"] < row["seconds/total"] for row in rows)
 
 
 def test_a_server_context_that_cannot_hold_it_is_refused_before_anything_starts(tmp_path, problems):
