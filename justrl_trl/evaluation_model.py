@@ -10,7 +10,6 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 from justrl_trl.data_sources import DataError
 from justrl_trl.tiny import TINY_BASE, tiny_base
 
-_WEIGHTS = ("*.safetensors", "*.bin")
 _SAMPLED_BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # of each weight file; training changes every tensor
 
 
@@ -86,11 +85,12 @@ def fingerprint(folder: Path) -> str:
     Raises:
         DataError: the folder has no weights.
     """
-    files = next((found for pattern in _WEIGHTS if (found := sorted(folder.glob(pattern)))), [])
-    files = [file for file in files if not file.name.startswith(("adapter_", "optimizer", "training_args"))]
+    files = [file for file in sorted(folder.glob("*.safetensors")) if not file.name.startswith("adapter_")]
     if not files:
         hint = " It is an adapter: merge it into its base model first." if (folder / "adapter_config.json").exists() else ""
-        raise DataError(f"model={str(folder)!r}: there is no weight file in that folder ({', '.join(_WEIGHTS)}).{hint}")
+        if any(folder.glob("pytorch_model*.bin")):
+            hint = " Its weights are pickles, which are not loaded: save it again with save_pretrained."
+        raise DataError(f"model={str(folder)!r}: there is no weight file in that folder (*.safetensors).{hint}")
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size

@@ -4,7 +4,6 @@ Weights come from disk, so a server that is started again is current at once. A 
 are to be judged: same model, same precision, and no push of a trainer on top.
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -17,7 +16,7 @@ from justrl_trl.evaluation_model import EvaluatedModel
 from justrl_trl.pool import RolloutPool
 from justrl_trl.progress import Waiting
 from justrl_trl.rollout import RolloutClient
-from justrl_trl.run_servers import wait_for
+from justrl_trl.run_servers import canonical, wait_for
 from justrl_trl.server import ManagedServer, ServerError, ServerSpec, check_compiler, pick_hardware
 
 
@@ -110,8 +109,9 @@ def check_server(client: RolloutClient, model: EvaluatedModel, dtype: str, versi
     Raises:
         ServerError: another model, precision or version of the weights.
     """
-    served = client.vllm_config()["model_config"]
-    if _canonical(served["model"]) != _canonical(model.path):
+    with client.understanding("/server_info"):
+        served = client.vllm_config()["model_config"]
+    if canonical(served["model"]) != canonical(model.path):
         raise ServerError(
             f"The server at {client.url} serves {served['model']!r}, and {model.name!r} is to be evaluated. Start it with "
             f"--model {model.path}, or evaluate --model {served['model']}."
@@ -130,7 +130,3 @@ def check_server(client: RolloutClient, model: EvaluatedModel, dtype: str, versi
             f"--weight_version {held} to judge what it holds."
         )
     return served["max_model_len"]
-
-
-def _canonical(model: str) -> str:
-    return os.path.realpath(model) if os.path.isdir(model) else model

@@ -108,7 +108,7 @@ def check_server(client: RolloutClient, model: str, training: JustRLConfig) -> N
     url, config = client.url, client.vllm_config()
     with client.understanding("/server_info"):
         served, length = config["model_config"]["model"], config["model_config"]["max_model_len"]
-    if _canonical(served) != _canonical(model):
+    if canonical(served) != canonical(model):
         raise ServerError(
             f"The server at {url} serves {served!r}, the trainer trains {model!r}. Weights of one do not fit the other: start "
             f"the server with --model {model}, or train with --model_name_or_path {served}."
@@ -125,5 +125,6 @@ def check_server(client: RolloutClient, model: str, training: JustRLConfig) -> N
         )
 
 
-def _canonical(model: str) -> str:
+def canonical(model: str) -> str:
+    """A model's folder whatever way it is written, or its Hub id."""
     return os.path.realpath(model) if os.path.isdir(model) else model

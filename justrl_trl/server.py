@@ -73,6 +73,7 @@ class ServerSpec:
         argv += ["--host", self.host, "--port", str(port), "--model", self.model, "--dtype", self.dtype]
         argv += ["--max-model-len", str(self.max_model_len), "--max-num-seqs", str(self.max_num_seqs)]
         argv += ["--seed", str(self.seed), "--disable-uvicorn-access-log"]
+        argv += ["--load-format", "safetensors"]  # other weight files are pickles
         argv += ["--middleware", "justrl_trl.server_auth.RequireKey"]
         argv += ["--weight-transfer-config", json.dumps({"backend": self.weight_backend})]
         if self.revision:

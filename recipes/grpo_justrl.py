@@ -74,7 +74,7 @@ def main() -> None:
     if training.distributed_state.is_main_process:
         pool = connect(model_path, training, servers)
     recorder = RecordRun(folder, model.model_name_or_path, on_row=RolloutStepPrinter(training.num_rollout_steps))
-    callbacks = [recorder, *([validation] if validation else [])]
+    callbacks = [*([validation] if validation else []), recorder]  # the last picture has the last validation
     trainer = JustRLTrainer(
         model=model_path,
         args=training,

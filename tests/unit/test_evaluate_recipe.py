@@ -229,6 +229,15 @@ def test_models_that_are_not_there_or_have_no_weights_are_refused(tmp_path, mode
         find_model(str(model), "main")
 
 
+def test_weights_that_are_pickles_are_refused(model, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(model, folder)
+    for file in folder.glob("*.safetensors"):
+        file.rename(folder / "pytorch_model.bin")
+    with pytest.raises(DataError, match=r"no weight file in that folder .*pickles, which are not loaded: save it again"):
+        find_model(str(folder), None)
+
+
 def test_a_model_of_the_hub_is_known_by_its_commit(model, tmp_path, monkeypatch):
     commit = "0123456789abcdef0123456789abcdef01234567"
     cached = tmp_path / "models--hbx--small"

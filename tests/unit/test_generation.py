@@ -9,7 +9,7 @@ from justrl_trl.generation import Generation
 from justrl_trl.pool import AllServersDown, Rollouts
 from justrl_trl.rollout import RequestRefused
 
-from .test_pool import COMPLETIONS, PROMPTS, SAMPLING, broken, expected, good, make  # noqa: F401
+from .test_pool import COMPLETIONS, PROMPTS, SAMPLING, broken, dies_after, expected, good, make  # noqa: F401
 
 NEVER = pytest.fail
 
@@ -82,13 +82,7 @@ def test_ranks_hear_from_rank_0_however_long_a_response_takes(make, accelerator,
 
 def test_servers_that_need_weights_get_them_and_nothing_is_asked_twice(make, accelerator):  # noqa: F811
     pool, (server,) = make(max_num_seqs=3)
-    count = []
-
-    def dies_after_five(method, path, body):
-        count.append(1)
-        return good(method, path, body) if len(count) <= 5 else broken(method, path, body)
-
-    server.behave = dies_after_five
+    server.behave = dies_after(5)
     threading.Timer(0.5, lambda: (setattr(server, "version", "default"), setattr(server, "behave", good))).start()
     pushed = []
 

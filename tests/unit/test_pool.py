@@ -77,6 +77,17 @@ def hung(method, path, body):
     return good(method, path, body) if path == COMPLETIONS else (200, {})
 
 
+def dies_after(answers: int):
+    """Behaviour of a server that gives so many answers and then errors."""
+    count = []
+
+    def behave(method, path, body):
+        count.append(1)
+        return good(method, path, body) if len(count) <= answers else broken(method, path, body)
+
+    return behave
+
+
 def slow(method, path, body):
     time.sleep(0.05)
     return good(method, path, body)
@@ -211,13 +222,7 @@ def test_during_a_push_versions_mean_nothing(make):
 
 def test_when_only_old_weights_are_left_it_says_so_and_goes_on_after_the_push(make):
     pool, (server,) = make(max_num_seqs=3)
-    count = []
-
-    def dies_after_five(method, path, body):
-        count.append(1)
-        return good(method, path, body) if len(count) <= 5 else broken(method, path, body)
-
-    server.behave = dies_after_five
+    server.behave = dies_after(5)
     rollouts = Rollouts(pool, PROMPTS, SAMPLING)
     back = threading.Timer(0.5, lambda: (setattr(server, "version", "default"), setattr(server, "behave", good)))
     back.start()

@@ -55,6 +55,7 @@ def test_every_server_is_guarded_seeded_and_takes_weights(tmp_path):
             "--max-model-len": "112",
             "--max-num-seqs": "64",
             "--seed": "1",
+            "--load-format": "safetensors",
             "--middleware": "justrl_trl.server_auth.RequireKey",
             "--weight-transfer-config": '{"backend": "justrl_gloo"}',
         }
