@@ -72,8 +72,8 @@ def _draw_validation(axis, validation: Sequence[dict], paper: Mapping[int, float
         reached = {step: value for step, value in sorted(paper.items()) if step <= max(1.2 * last, 500)}
         if name == _PAPER_BENCHMARK and reached:
             axis.plot(*zip(*reached.items(), strict=True), ":", color=line.get_color(), linewidth=1.8, label="paper, Figure 1")
-    axis.set_ylim(0, 1.35 * axis.get_ylim()[1])  # room for the legend above the curves
-    axis.legend(frameon=False, loc="upper left", fontsize=9)
+    axis.set_ylim(0, 100)
+    axis.legend(frameon=False, loc="best", fontsize=9)
 
 
 def running_mean(values, window: int) -> list[float]:
