@@ -191,6 +191,11 @@ class Ours(SameResponses, JustRLTrainer):
 
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         rows, nothing = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        if self.waves:
+            self._score_some(prompt_ids, rows)
+        return rows, nothing
+
+    def _score_some(self, prompt_ids, rows) -> None:
         prompts, responses = (
             gather_ragged([torch.tensor(ids) for ids in part], self.accelerator) for part in (prompt_ids, rows)
         )
@@ -202,7 +207,6 @@ class Ours(SameResponses, JustRLTrainer):
         for size in self.waves:
             self._scores.score(everyone[:size])
             everyone = everyone[size:]
-        return rows, nothing
 
     def push_weights(self) -> None:
         for name in ("max", "mean"):
