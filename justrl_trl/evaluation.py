@@ -25,7 +25,8 @@ from tqdm import tqdm
 from justrl_trl.benchmarks import Problem
 from justrl_trl.data import EVAL_BOXED_SUFFIX, format_prompt
 from justrl_trl.data_sources import DataError
-from justrl_trl.pool import RolloutPool, Rollouts, WeightsNeeded
+from justrl_trl.dispatch import Rollouts
+from justrl_trl.pool import RolloutPool, WeightsNeeded
 from justrl_trl.rollout import Sampling
 from justrl_trl.sample_store import Key
 from justrl_trl.server import ServerError

@@ -14,7 +14,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 
 from justrl_trl.collectives import PATIENCE_SECONDS, broadcast_ragged, raise_together
-from justrl_trl.pool import AllServersDown, Rollouts, WeightsNeeded
+from justrl_trl.dispatch import Rollouts
+from justrl_trl.pool import AllServersDown, WeightsNeeded
 
 _GOES_ON, _COMPLETE, _NEEDS_WEIGHTS, _FAILED, _SERVERS_GONE = range(5)
 

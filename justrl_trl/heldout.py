@@ -1,7 +1,7 @@
 """Problems that are never trained on, sampled before and after."""
 
 from justrl_trl.collectives import on_rank_zero
-from justrl_trl.pool import Rollouts
+from justrl_trl.dispatch import Rollouts
 
 _SEED_OFFSET = 1 << 15  # no rollout of the same rollout step has these seeds
 

@@ -28,6 +28,7 @@ from justrl_trl.attention import packed_arguments, use_packed_attention
 from justrl_trl.callbacks import SyncAfterRolloutStep
 from justrl_trl.collectives import StoppedByRankZero, broadcast_ragged, gather_ragged, raise_together
 from justrl_trl.config import JustRLConfig
+from justrl_trl.dispatch import Rollouts, generate
 from justrl_trl.fused_loss import add_liger_loss, check_dense, check_liger_support
 from justrl_trl.generation import Generation
 from justrl_trl.loss import denominator, normalize, policy_loss
@@ -35,7 +36,7 @@ from justrl_trl.metrics import STEP_SUMS, reduce_once, step_sums
 from justrl_trl.micro_batches import MicroBatch, OptimizerStep, exchange, scored_sequences, share_out
 from justrl_trl.optimizer import SkipCounter, is_finite, warmup_schedule
 from justrl_trl.packing import PackedRow, Sequence, pack, unpad
-from justrl_trl.pool import RolloutPool, Rollouts
+from justrl_trl.pool import RolloutPool
 from justrl_trl.rewards import dapo_reward
 from justrl_trl.rollout import Sampling
 from justrl_trl.scoring import Scores
@@ -437,7 +438,7 @@ class JustRLTrainer(GRPOTrainer):
         rows, error = None, None
         if self.accelerator.is_main_process:
             try:
-                rows = self.pool.generate(prompts, self.sampling(n=1, max_tokens=limit))
+                rows = generate(self.pool, prompts, self.sampling(n=1, max_tokens=limit))
             except ServerError as caught:
                 error = caught
         raise_together(error, self.accelerator)

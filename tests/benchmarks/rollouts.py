@@ -33,6 +33,7 @@ from trl.generation.vllm_client import VLLMClient  # noqa: E402
 
 from justrl_trl import tiny  # noqa: E402
 from justrl_trl.collectives import broadcast_ragged  # noqa: E402
+from justrl_trl.dispatch import generate  # noqa: E402
 from justrl_trl.pool import RolloutPool  # noqa: E402
 from justrl_trl.rollout import RolloutClient, Sampling  # noqa: E402
 from justrl_trl.server import ManagedServer, ServerSpec  # noqa: E402
@@ -110,7 +111,7 @@ def client(scale: float, repetitions: int) -> dict:
         trl = VLLMClient(base_url=url)
         sides = {
             "trl": lambda: trl.generate(prompts, n=N, max_tokens=TOKENS),
-            "ours": lambda: pool.generate(prompts, sampling()),
+            "ours": lambda: generate(pool, prompts, sampling()),
         }
         seen = {name: [] for name in sides}
         for _ in range(repetitions):
@@ -232,7 +233,7 @@ def servers(repetitions: int) -> dict:
             for repetition in range(repetitions + 1):
                 for count, pool in pools.items():
                     started = time.perf_counter()
-                    tokens = sum(map(len, pool.generate(prompts, tail)))
+                    tokens = sum(map(len, generate(pool, prompts, tail)))
                     if repetition:
                         walls[count].append(tokens / (time.perf_counter() - started))
             speed = {count: statistics.median(values) for count, values in walls.items()}

@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
-from justrl_trl.pool import DOWN, LIVE, STALE, AllServersDown, RolloutPool, Rollouts, WeightsNeeded
+from justrl_trl.dispatch import Rollouts, generate
+from justrl_trl.pool import DOWN, LIVE, STALE, AllServersDown, RolloutPool, WeightsNeeded
 from justrl_trl.rollout import RolloutClient
 from justrl_trl.weight_sync import WeightSync
 from tests.unit.fake_server import FakeServer
@@ -116,7 +117,7 @@ def test_after_twenty_updates_the_servers_hold_the_trainers_weights(request, tmp
 
 def test_both_servers_work_and_give_the_samples_that_one_would(pair, model):
     sync_of(model, pair).push("1")
-    both = pair.generate(PROMPTS, LONG)
+    both = generate(pair, PROMPTS, LONG)
     assert right(both) and all(member.prompts > 0 for member in pair.members)
     alone = pair.members[0].client
     assert [alone.sample(PROMPTS[i], LONG, LONG.seed + i) for i in (0, 7)] == [both[0:4], both[28:32]]
@@ -128,7 +129,7 @@ def test_a_stopped_server_is_noticed_by_the_heartbeat(pair, model, processes):
     threading.Timer(0.7, lambda: [p.send_signal(signal.SIGSTOP) for p in stopped]).start()
     try:
         started = time.monotonic()
-        assert right(pair.generate(PROMPTS * 2, LONG)[: len(PROMPTS) * LONG.n])
+        assert right(generate(pair, PROMPTS * 2, LONG)[: len(PROMPTS) * LONG.n])
         assert time.monotonic() - started < 60, "the deadline of a request is 120 s"
     finally:
         for process in stopped:
@@ -141,7 +142,7 @@ def test_a_trainer_that_dies_in_a_push_leaves_servers_that_the_next_one_can_use(
     sync.push("1")
     for member in pair.members:
         member.client.start_weight_update()  # and then nothing comes: an open update on both
-    assert right(pair.generate(PROMPTS, LONG)), "an open update stops nobody"
+    assert right(generate(pair, PROMPTS, LONG)), "an open update stops nobody"
     sync_of(model, pair).push("2")  # knows nothing of the first one
     assert [m.client.weight_version() for m in pair.members] == ["2", "2"]
 
@@ -190,7 +191,7 @@ def test_a_trainer_killed_in_the_middle_of_a_push_leaves_servers_that_the_next_o
         trainer.wait()
     pair.current(pair.members, "before")
     assert [m.client.weight_version() for m in pair.members] == ["before", "before"]
-    assert right(pair.generate(PROMPTS, LONG)), "half a push stops nobody"
+    assert right(generate(pair, PROMPTS, LONG)), "half a push stops nobody"
     sync = sync_of(model, pair)
     sync.push("2")
     assert [m.client.weight_version() for m in pair.members] == ["2", "2"]
@@ -224,9 +225,9 @@ def test_a_server_that_answers_errors_now_and_then_only_costs_time(pair, model, 
     pool = RolloutPool(clients, heartbeat_seconds=0.2, say=lambda line: None)
     pool.current(pool.members, "1")
     try:
-        assert right(pool.generate(PROMPTS, LONG))
+        assert right(generate(pool, PROMPTS, LONG))
         assert pool.members[0].failures >= 1 and pool.members[0].prompts >= 1
-        assert pool.generate(PROMPTS[:4], LONG) == pair.generate(PROMPTS[:4], LONG)
+        assert generate(pool, PROMPTS[:4], LONG) == generate(pair, PROMPTS[:4], LONG)
     finally:
         pool._closed.set()
         proxy.fake.close()
@@ -244,16 +245,16 @@ def test_a_server_killed_in_a_generation_loses_its_prompts_to_the_other_and_rejo
     sync = sync_of(model, pair)
     sync.push("1")
     threading.Timer(0.7, lambda: [p.kill() for p in family(processes[0])]).start()
-    assert right(pair.generate(PROMPTS * 2, LONG)[: len(PROMPTS) * LONG.n])
+    assert right(generate(pair, PROMPTS * 2, LONG)[: len(PROMPTS) * LONG.n])
     assert pair.members[0].state == DOWN and pair.members[1].state == LIVE
     wait(lambda: processes[0].ended, 20, "the guard ends with its server")
     processes[0].restart()
     wait(lambda: pair.members[0].state == STALE, 120, "it is back, with the weights of the checkpoint")
     before = pair.members[0].prompts
-    assert right(pair.generate(PROMPTS, LONG)) and pair.members[0].prompts == before  # no prompt reaches old weights
+    assert right(generate(pair, PROMPTS, LONG)) and pair.members[0].prompts == before  # no prompt reaches old weights
     sync.push("2")
     assert [m.client.weight_version() for m in pair.members] == ["2", "2"]
-    assert right(pair.generate(PROMPTS, LONG)) and pair.members[0].prompts > before
+    assert right(generate(pair, PROMPTS, LONG)) and pair.members[0].prompts > before
     assert sync.gap(PROBE, trainer_logps(model, IDS))[1] < 0.05
 
 
@@ -271,7 +272,7 @@ def test_a_server_killed_in_a_push_leaves_the_other_one_current(pair, model, pro
     sender._broadcast = killing
     sync.push("2")
     assert member.state == DOWN and pair.members[1].client.weight_version() == "2"
-    assert right(pair.generate(PROMPTS, LONG))
+    assert right(generate(pair, PROMPTS, LONG))
     assert sync.gap(PROBE, trainer_logps(model, IDS))[1] < 0.05
 
 
@@ -280,7 +281,7 @@ def test_with_all_servers_gone_it_ends_with_a_reason_and_goes_on_when_one_comes_
     sync.push("1")
     for process in family(processes[0]):  # between push and generation: it costs nothing
         process.kill()
-    assert right(pair.generate(PROMPTS, LONG))
+    assert right(generate(pair, PROMPTS, LONG))
     pair.wait_seconds = 3.0
     rollouts = Rollouts(pair, PROMPTS, LONG)
     for process in family(processes[1]):

@@ -6,6 +6,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
+from justrl_trl.dispatch import generate
 from justrl_trl.packing import Sequence
 from justrl_trl.pool import RolloutPool
 from justrl_trl.rollout import RolloutClient, Sampling
@@ -33,17 +34,17 @@ def trainer_logps(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
 
 def test_responses_come_back_in_the_order_of_the_prompts_and_again_for_the_same_seed(servers):
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
-    first = servers["untied"].generate(prompts, sampling())
+    first = generate(servers["untied"], prompts, sampling())
     assert len(first) == 9 and all(1 <= len(ids) <= 16 for ids in first)
     assert len({tuple(ids) for ids in first[:3]}) > 1, "n samples of one prompt should differ"
-    assert servers["untied"].generate(prompts, sampling()) == first
-    assert servers["untied"].generate(prompts, sampling(seed=6)) != first
+    assert generate(servers["untied"], prompts, sampling()) == first
+    assert generate(servers["untied"], prompts, sampling(seed=6)) != first
 
 
 def test_a_stop_token_ends_a_response_and_stays_in_it(servers):
-    everything = servers["untied"].generate([[5, 6, 7]], sampling(n=1, temperature=0.0))[0]
+    everything = generate(servers["untied"], [[5, 6, 7]], sampling(n=1, temperature=0.0))[0]
     stop = everything[3]
-    stopped = servers["untied"].generate([[5, 6, 7]], sampling(n=1, temperature=0.0, stop_token_ids=(stop,)))[0]
+    stopped = generate(servers["untied"], [[5, 6, 7]], sampling(n=1, temperature=0.0, stop_token_ids=(stop,)))[0]
     assert stopped == everything[: everything.index(stop) + 1]
 
 

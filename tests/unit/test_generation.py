@@ -5,8 +5,9 @@ import threading
 import pytest
 
 from justrl_trl import generation
+from justrl_trl.dispatch import Rollouts
 from justrl_trl.generation import Generation
-from justrl_trl.pool import AllServersDown, Rollouts
+from justrl_trl.pool import AllServersDown
 from justrl_trl.rollout import RequestRefused
 
 from .test_pool import COMPLETIONS, PROMPTS, SAMPLING, broken, dies_after, expected, good, make  # noqa: F401

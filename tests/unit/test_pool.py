@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from justrl_trl.pool import DOWN, LIVE, STALE, AllServersDown, RolloutPool, Rollouts, WeightsNeeded
+from justrl_trl.dispatch import Rollouts, generate
+from justrl_trl.pool import DOWN, LIVE, STALE, AllServersDown, RolloutPool, WeightsNeeded
 from justrl_trl.rollout import RequestRefused, RolloutClient
 from justrl_trl.server import ServerError
 
@@ -95,18 +96,18 @@ def slow(method, path, body):
 
 def test_responses_lie_side_by_side_in_the_order_of_prompts(make):
     pool, _ = make(3)
-    assert pool.generate(PROMPTS, SAMPLING) == expected(PROMPTS)
+    assert generate(pool, PROMPTS, SAMPLING) == expected(PROMPTS)
 
 
 def test_no_prompt_is_no_request(make):
     pool, (server,) = make()
-    assert pool.generate([], SAMPLING) == [] and server.asked == []
+    assert generate(pool, [], SAMPLING) == [] and server.asked == []
 
 
 def test_prompts_go_to_the_least_loaded_server(make):
     pool, (fast, slower) = make(2, max_num_seqs=6)
     slower.behave = slow
-    pool.generate(PROMPTS, SAMPLING)
+    generate(pool, PROMPTS, SAMPLING)
     assert len(fast.asked) > len(slower.asked) > 0
     assert sorted(fast.asked + slower.asked) == sorted(p[0] for p in PROMPTS)
 
@@ -114,14 +115,14 @@ def test_prompts_go_to_the_least_loaded_server(make):
 def test_a_server_gets_no_more_than_it_decodes_at_once_and_a_few(make):
     pool, (server,) = make(max_num_seqs=6)
     server.behave = slow
-    pool.generate(PROMPTS, SAMPLING)
+    generate(pool, PROMPTS, SAMPLING)
     assert 2 <= server.most <= 6 // SAMPLING.n + 2
 
 
 def test_seeds_belong_to_prompts_and_not_to_servers(make):
     pool, servers = make(2)
     servers[0].behave = broken
-    pool.generate(PROMPTS, SAMPLING)
+    generate(pool, PROMPTS, SAMPLING)
     for server in servers:
         for body in server.fake.bodies(COMPLETIONS):
             assert body["seed"] == SAMPLING.seed + body["prompt"][0] - 10
@@ -130,7 +131,7 @@ def test_seeds_belong_to_prompts_and_not_to_servers(make):
 def test_progress_is_told_in_tokens_and_prompts_that_are_left(make):
     pool, _ = make()
     told = []
-    pool.generate([[1], [2, 2]], SAMPLING, lambda tokens, left: told.append((tokens, left)))
+    generate(pool, [[1], [2, 2]], SAMPLING, lambda tokens, left: told.append((tokens, left)))
     assert sorted(tokens for tokens, _ in told) == [3 * 1 + 6, 3 * 2 + 6] and [left for _, left in told] == [1, 0]
 
 
@@ -139,7 +140,7 @@ def test_the_longest_prompts_of_last_time_go_first_and_unknown_ones_before_them(
     server.behave = slow
     for prompt, tokens in ([1], 5), ([2], 50), ([3], 500):
         pool.learn_length(prompt, tokens)
-    pool.generate([[1], [2], [3], [4]], SAMPLING)
+    generate(pool, [[1], [2], [3], [4]], SAMPLING)
     assert set(server.asked[:3]) == {4, 3, 2} and server.asked[3] == 1  # three are in flight at a time
 
 
@@ -147,7 +148,7 @@ def test_the_longest_prompts_of_last_time_go_first_and_unknown_ones_before_them(
 def test_a_failing_server_loses_its_prompts_to_another_one(make, fault):
     pool, (bad, other) = make(2)
     bad.behave = fault
-    assert pool.generate(PROMPTS, SAMPLING) == expected(PROMPTS)
+    assert generate(pool, PROMPTS, SAMPLING) == expected(PROMPTS)
     assert pool.members[0].state == DOWN and pool.members[1].state == LIVE
     assert any(f"{bad.fake.url} is out" in line for line in pool.told)
 
@@ -160,7 +161,7 @@ def test_a_failing_server_loses_its_prompts_to_another_one(make, fault):
 def test_nonsense_is_asked_for_again_elsewhere(make, nonsense):
     pool, (bad, _) = make(2)
     bad.behave = lambda method, path, body: (200, nonsense) if path == COMPLETIONS else (200, {})
-    assert pool.generate(PROMPTS, SAMPLING) == expected(PROMPTS)
+    assert generate(pool, PROMPTS, SAMPLING) == expected(PROMPTS)
     assert pool.members[0].failures >= 1
 
 
@@ -175,29 +176,29 @@ def test_nothing_that_was_received_is_asked_for_again(make):
         return broken(method, path, body)
 
     bad.behave = dies_later
-    assert pool.generate(PROMPTS, SAMPLING) == expected(PROMPTS)
+    assert generate(pool, PROMPTS, SAMPLING) == expected(PROMPTS)
     assert answered and not set(answered) & set(other.asked)
 
 
 def test_a_server_that_recovers_with_current_weights_works_again(make):
     pool, (first, second) = make(2)
     first.behave = broken
-    pool.generate(PROMPTS, SAMPLING)
+    generate(pool, PROMPTS, SAMPLING)
     first.behave = good
     wait(lambda: pool.members[0].state == LIVE)
     before = len(first.asked)
-    pool.generate(PROMPTS, SAMPLING)
+    generate(pool, PROMPTS, SAMPLING)
     assert len(first.asked) > before and any("back with current weights" in line for line in pool.told)
 
 
 def test_a_server_that_comes_back_with_old_weights_gets_no_prompt(make):
     pool, (first, second) = make(2)
     first.behave = broken
-    pool.generate(PROMPTS, SAMPLING)
+    generate(pool, PROMPTS, SAMPLING)
     first.version, first.behave = "default", good
     wait(lambda: pool.members[0].state == STALE)
     before = len(first.asked)
-    assert pool.generate(PROMPTS, SAMPLING) == expected(PROMPTS)
+    assert generate(pool, PROMPTS, SAMPLING) == expected(PROMPTS)
     assert len(first.asked) == before
 
 
@@ -205,7 +206,7 @@ def test_a_live_server_that_is_found_with_other_weights_gets_no_prompt(make):
     pool, (first, second) = make(2)
     first.version = "default"  # restarted between two probes
     wait(lambda: pool.members[0].state == STALE)
-    pool.generate(PROMPTS, SAMPLING)
+    generate(pool, PROMPTS, SAMPLING)
     assert first.asked == []
 
 
@@ -243,7 +244,7 @@ def test_with_no_server_left_it_waits_counts_down_and_gives_up(make):
     server.behave = broken
     started = time.monotonic()
     with pytest.raises(AllServersDown, match=r"within 1 s\. http://127.*: down, .*EngineCore"):
-        pool.generate(PROMPTS, SAMPLING)
+        generate(pool, PROMPTS, SAMPLING)
     assert time.monotonic() - started < 4
     assert any("no rollout server is left; waiting, 1 s to go" in line for line in pool.told)
 
@@ -253,7 +254,7 @@ def test_a_request_that_no_server_will_take_ends_at_once_and_costs_no_server(mak
     for server in _:
         server.behave = lambda method, path, body: (400, {"error": "too long"}) if path == COMPLETIONS else (200, {})
     with pytest.raises(RequestRefused, match="too long"):
-        pool.generate(PROMPTS, SAMPLING)
+        generate(pool, PROMPTS, SAMPLING)
     assert [member.state for member in pool.members] == [LIVE, LIVE]
 
 
@@ -266,20 +267,20 @@ def test_a_prompt_that_kills_every_server_it_meets_does_not_go_round_for_ever(ma
     for server in servers:
         server.behave = poisoned
     with pytest.raises(ServerError, match=r"Prompt 3 failed 8 times, on every server"):
-        pool.generate(PROMPTS, SAMPLING)
+        generate(pool, PROMPTS, SAMPLING)
 
 
 def test_a_server_that_hung_is_not_busy_for_ever(make):
     """Its prompts went elsewhere and its answers are never heard; once it is back it must get as many prompts as before."""
     pool, (hanging, other) = make(2, max_num_seqs=6)
     hanging.behave = hung
-    pool.generate(PROMPTS, SAMPLING)
+    generate(pool, PROMPTS, SAMPLING)
     assert [member.in_flight for member in pool.members] == [0, 0]
     hanging.behave = good
     wait(lambda: pool.members[0].state == LIVE)
     before = pool.members[0].prompts
     other.behave = slow
-    pool.generate(PROMPTS, SAMPLING)
+    generate(pool, PROMPTS, SAMPLING)
     assert pool.members[0].prompts > before + 10
 
 
@@ -332,7 +333,7 @@ def test_a_shell_that_allows_few_files_does_not_limit_the_connections(make):
 def test_busy_time_counts_when_anything_is_in_flight(make):
     pool, (server,) = make()
     server.behave = slow
-    pool.generate(PROMPTS[:4], SAMPLING)
+    generate(pool, PROMPTS[:4], SAMPLING)
     assert 0.04 < pool.members[0].busy_seconds < 1
     assert pool.members[0].prompts == 4 and pool.members[0].in_flight == 0
 
