@@ -104,7 +104,7 @@ class RolloutPool:
         for member in self.members:
             threading.Thread(target=self._probe_forever, args=(member,), daemon=True).start()
 
-    # -- asking -----------------------------------------------------------------------------------------------------
+    # -- asking -------------------------------------------------------------------------------------------------------
 
     def prompt_logprobs(self, ids: list[int]) -> list[float]:
         """Of a live server, see `RolloutClient.prompt_logprobs`; the next one is asked if it fails."""

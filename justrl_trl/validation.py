@@ -88,7 +88,7 @@ class Validate(TrainerCallback):
                 sampler = SampleRequests(trainer.pool, self._requests, sampling)
             trainer.finish_rollouts("validation", sampler, len(self._requests))
             scores = on_rank_zero(lambda: self._grade(sampler), trainer.accelerator)
-        # not GRPOTrainer.log, which would take the metrics of a rollout step with it
+        # not GRPOTrainer.log, which would report the completions of the last rollout step once more
         Trainer.log(trainer, metrics_of(scores))
         if trainer.accelerator.is_main_process:
             for name, one in scores.items():
