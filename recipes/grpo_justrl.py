@@ -17,6 +17,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config
 
 from justrl_trl.attention import describe_attention
+from justrl_trl.collectives import leave_together
 from justrl_trl.launch import check_machine, load_data, one_paragraph_errors, quiet_libraries, resolve_model
 from justrl_trl.progress import RolloutStepPrinter, plan_lines, say, table_lines
 from justrl_trl.reward_functions import reward_functions
@@ -102,9 +103,7 @@ def main() -> None:
         last = get_last_checkpoint(folder.path)
         say(table_lines(summary, folder, Path(last) if last else None))
         pool.close()
-    # together: the launcher ends all ranks when one of them fails, and one can, leaving with the group's threads at work
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    leave_together()
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from justrl_trl import tiny
-from justrl_trl.collectives import gather_ragged
+from justrl_trl.collectives import gather_ragged, leave_together
 from justrl_trl.config import JustRLConfig
 from justrl_trl.packing import Sequence
 from justrl_trl.trainer import JustRLTrainer
@@ -354,4 +354,4 @@ if __name__ == "__main__":
         results[name] = run(**case)
     if torch.distributed.get_rank() == 0:
         torch.save(results, sys.argv[1])
-    torch.distributed.destroy_process_group()
+    leave_together()

@@ -32,7 +32,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 from trl.generation.vllm_client import VLLMClient  # noqa: E402
 
 from justrl_trl import tiny  # noqa: E402
-from justrl_trl.collectives import broadcast_ragged  # noqa: E402
+from justrl_trl.collectives import broadcast_ragged, leave_together  # noqa: E402
 from justrl_trl.dispatch import generate  # noqa: E402
 from justrl_trl.pool import RolloutPool  # noqa: E402
 from justrl_trl.rollout import RolloutClient, Sampling  # noqa: E402
@@ -162,8 +162,8 @@ def transfer_ranks(scale: float) -> None:
     accelerator.wait_for_everyone()
     seconds["trl"] = time.perf_counter() - started
     if accelerator.is_main_process:
-        print(json.dumps(seconds), flush=True)
-    accelerator.end_training()
+        print(json.dumps(seconds))
+    leave_together()
 
 
 def transfer(scale: float) -> dict:

@@ -36,7 +36,7 @@ def test_one_rank_raises_what_went_wrong_as_it_was_and_nothing_otherwise(acceler
 RANK = """
 import json, torch
 from accelerate import Accelerator
-from justrl_trl.collectives import broadcast_ragged, gather_ragged, raise_together
+from justrl_trl.collectives import broadcast_ragged, gather_ragged, leave_together, raise_together
 
 torch.set_num_threads(1)
 accelerator, out = Accelerator(cpu=True), {}
@@ -53,7 +53,7 @@ try:
 except Exception as error:
     out["error"] = [type(error).__name__, str(error)]
 print(json.dumps(out))
-accelerator.end_training()
+leave_together()
 """
 
 
@@ -94,3 +94,27 @@ def test_rank_0s_failure_is_raised_on_both_ranks_and_named_on_the_other(two_rank
     assert two_ranks[0]["error"] == ["KeyError", "'gone'"]
     name, message = two_ranks[1]["error"]
     assert name == "StoppedByRankZero" and "KeyError: 'gone'" in message
+
+
+LEAVING = """
+import atexit, threading, time, torch
+from justrl_trl.collectives import leave_together
+
+class Slow:  # a teardown that takes longer than the thread's matrix product
+    def __del__(self, sleep=time.sleep):
+        sleep(5)
+
+slow, matrix = Slow(), torch.randn(2500, 2500)
+torch.set_num_threads(1)
+atexit.register(lambda: print("exit functions were run"))
+threading.Thread(target=lambda: (time.sleep(0.5), print("threads were joined"))).start()
+threading.Thread(target=lambda: [torch.mm(matrix, matrix) for _ in range(1000)], daemon=True).start()
+time.sleep(0.2)
+leave_together()  # a normal exit ends here with SIGABRT
+"""
+
+
+def test_a_thread_at_work_in_torch_does_not_abort_a_rank_that_leaves():
+    left = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, timeout=60)
+    assert left.returncode == 0, left.stderr
+    assert left.stdout.splitlines() == ["threads were joined", "exit functions were run"]
