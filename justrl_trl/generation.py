@@ -8,14 +8,16 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from tqdm import tqdm
 
 from justrl_trl.collectives import PATIENCE_SECONDS, broadcast_ragged, raise_together
 from justrl_trl.dispatch import Rollouts
-from justrl_trl.pool import AllServersDown, WeightsNeeded
+from justrl_trl.pool import AllServersDown, RolloutPool, WeightsNeeded
 
 _GOES_ON, _COMPLETE, _NEEDS_WEIGHTS, _FAILED, _SERVERS_GONE = range(5)
 
@@ -131,3 +133,20 @@ class Generation:
         rows = broadcast_ragged(responses, count * self._n, self._accelerator)
         places = [prompt * self._n + copy for prompt in prompts for copy in range(self._n)]
         return state, dict(zip(places, rows, strict=True))
+
+
+@contextmanager
+def progress_bar(what: str, prompts: int, pool: RolloutPool | None) -> Iterator[Callable[[int, int], None]]:
+    """In rank 0's terminal: prompts done, tokens per second, and how many still run. Yields `on_done(tokens, left)`."""
+    off = True if pool is None else None  # None: off where there is no terminal
+    with tqdm(total=prompts, desc=what, unit="prompt", leave=False, disable=off) as bar:
+        tokens = 0
+
+        def on_done(count: int, left: int) -> None:
+            nonlocal tokens
+            tokens += count
+            rate = tokens / max(bar.format_dict["elapsed"], 1e-3)
+            bar.set_postfix_str(f"{rate:,.0f} tok/s, {left} left, {len(pool.live())} servers", refresh=False)
+            bar.update()
+
+        yield on_done

@@ -17,25 +17,22 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from justrl_trl.advantage import group_advantages
-from justrl_trl.attention import packed_arguments, use_packed_attention
 from justrl_trl.callbacks import SyncAfterRolloutStep
-from justrl_trl.collectives import StoppedByRankZero, broadcast_ragged, gather_ragged, raise_together
+from justrl_trl.collectives import StoppedByRankZero, gather_ragged
 from justrl_trl.config import JustRLConfig
-from justrl_trl.dispatch import Rollouts, generate
-from justrl_trl.fused_loss import add_liger_loss, check_dense, check_liger_support
-from justrl_trl.generation import Generation
-from justrl_trl.loss import denominator, normalize, policy_loss
+from justrl_trl.dispatch import Rollouts
+from justrl_trl.gap import PROBE_PROMPTS, PROBE_TOKENS, check_push, check_rollouts, make_probe
+from justrl_trl.generation import Generation, progress_bar
 from justrl_trl.metrics import STEP_SUMS, reduce_once, step_sums
-from justrl_trl.micro_batches import MicroBatch, OptimizerStep, exchange, scored_sequences, share_out
+from justrl_trl.micro_batches import OptimizerStep, exchange, scored_sequences, share_out
 from justrl_trl.optimizer import SkipCounter, is_finite, warmup_schedule
 from justrl_trl.packing import PackedRow, Sequence, pack, unpad
+from justrl_trl.policy import PackedPolicy
 from justrl_trl.pool import RolloutPool
 from justrl_trl.rewards import dapo_reward
 from justrl_trl.rollout import Sampling
@@ -44,7 +41,6 @@ from justrl_trl.server import ServerError
 from justrl_trl.stages import StageClock
 from justrl_trl.weight_sync import WeightSync
 
-_PROBE_PROMPTS, _PROBE_TOKENS = 4, 256
 _WAVE_FILL = 0.9
 
 
@@ -96,12 +92,7 @@ class JustRLTrainer(GRPOTrainer):
         self.clock = StageClock()
         self._probe: list[Sequence] = []  # fixed sequences that every push is checked on
         self._rewards = None  # (B,) of the current rollout step, all ranks
-        self._base_model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        use_packed_attention(self._base_model)
-        check_dense(self._base_model)
-        if args.loss_backend == "liger":
-            check_liger_support(self._base_model, args.cast_lm_head_to_fp32)
-            add_liger_loss(self._base_model, *self._clip, temperature=self.temperature)
+        self.policy = PackedPolicy(self.model, args, self.accelerator, self._clip, self.temperature)
         self._scores: Scores | None = None  # of the current rollout step
         self._scoring_sums: torch.Tensor | None = None  # of the current rollout step, reported with its first optimizer step
         self._skipped = SkipCounter(args.max_skipped_steps)
@@ -138,7 +129,7 @@ class JustRLTrainer(GRPOTrainer):
         # one micro-batch on every rank, full but for what dealing whole sequences to them needs
         full = int(_WAVE_FILL * self.accelerator.num_processes * self.args.max_tokens_per_micro_batch)
         rows: dict[int, torch.Tensor] = {}
-        with self.progress_bar("generation", len(prompts) // n) as on_done:
+        with progress_bar("generation", len(prompts) // n, self.pool) as on_done:
             generation = Generation(rollouts, n, full if early else None, self.accelerator, on_done)
             for wave, more in generation.waves(self.push_weights, self.save_before_giving_up):
                 rows |= wave
@@ -157,7 +148,7 @@ class JustRLTrainer(GRPOTrainer):
             rollouts: on rank 0.
             prompts: how many it asks for.
         """
-        with self.progress_bar(what, prompts) as on_done:
+        with progress_bar(what, prompts, self.pool) as on_done:
             Generation(rollouts, 1, None, self.accelerator, on_done).finish(self.push_weights, self.save_before_giving_up)
 
     def sampling(self, n: int, max_tokens: int, seed_offset: int = 0) -> Sampling:
@@ -174,22 +165,6 @@ class JustRLTrainer(GRPOTrainer):
             # no seed twice in a run: rollout steps are 2^16 prompts apart
             seed=self.args.seed + (self.rollout_step << 16) + seed_offset,
         )
-
-    @contextmanager
-    def progress_bar(self, what: str, prompts: int):
-        """In rank 0's terminal: prompts done, tokens per second, and how many still run. Yields `on_done(tokens, left)`."""
-        off = None if self.accelerator.is_main_process else True  # None: off where there is no terminal
-        with tqdm(total=prompts, desc=what, unit="prompt", leave=False, disable=off) as bar:
-            tokens = 0
-
-            def on_done(count: int, left: int) -> None:
-                nonlocal tokens
-                tokens += count
-                rate = tokens / max(bar.format_dict["elapsed"], 1e-3)
-                bar.set_postfix_str(f"{rate:,.0f} tok/s, {left} left, {len(self.pool.live())} servers", refresh=False)
-                bar.update()
-
-            yield on_done
 
     def save_before_giving_up(self) -> None:
         """A checkpoint at the last finished rollout step, unless there is one; on all ranks."""
@@ -214,8 +189,8 @@ class JustRLTrainer(GRPOTrainer):
         start = self.accelerator.process_index * rows
         output["advantages"] = advantages[start : start + rows]
         output["rollout_row"] = torch.arange(start, start + rows)
-        for name, value in (("std", advantages.std()), ("max", advantages.max()), ("min", advantages.min())):
-            self._metrics[mode][f"advantages/{name}"].append(value.item())
+        spread = {"std": advantages.std(), "max": advantages.max(), "min": advantages.min()}
+        self._note({f"advantages/{name}": value.item() for name, value in spread.items()}, mode)
         self._logs["advantages"].extend(advantages.tolist())  # a deque of one rollout step: TRL's own values fall out
         return output
 
@@ -255,43 +230,20 @@ class JustRLTrainer(GRPOTrainer):
                 self._measure_gap(shares)
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
-    @torch.no_grad()
     def _score(self, row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability and entropy `(N,)` of every response token, without gradients. All ranks call it: a ZeRO-3 forward
-        is a collective. It takes the same way through the model as training does: DeepSpeed loses track of an untied head that
-        is called as a module once and read directly later."""
-        training = self.model.training
-        self.model.eval()  # as the reference scores: without the dropout that adapters bring along
-        try:
-            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-                return self._forward(self.model, row)
-        finally:
-            self.model.train(training)
+        return self.policy.score(self.model, row)
 
     def _measure_gap(self, steps: list[OptimizerStep]) -> None:
-        """How far the server's probabilities are from the trainer's, on a few responses of this rollout step: samples of a
-        policy that is not the trainer's train it wrongly, however well the reward looks.
-
-        Raises:
-            ServerError: if it is beyond `gap_limit`.
-        """
+        """On a few responses of this rollout step: did the servers sample the policy that is trained?"""
         if self.weight_sync is None or not self.args.gap_responses:
             return
         sequences, logps = scored_sequences(steps, self.args.gap_responses)
         gap = self.weight_sync.gap(sequences, logps)
         if gap is None:
             return
-        largest, mean, k3 = gap
-        for name, value in (("gap_max", largest), ("gap_mean", mean), ("kl", k3)):
-            self._metrics["train"][f"rollout/logprob_{name}"].append(value)
-        told = f"trainer and server differ by {mean:.3f} in log-probability, on average over {len(sequences)} responses"
-        if not mean <= self.args.gap_limit:
-            raise ServerError(
-                f"In this rollout step {told} > gap_limit={self.args.gap_limit}: what was sampled is not this policy's. Check "
-                "that both run the pinned versions, and the sampling options of the server."
-            )
-        if mean > self.args.gap_warning and self.accelerator.is_main_process:
-            self.pool.say(f"warning: {told} > gap_warning={self.args.gap_warning}")
+        say = self.pool.say if self.accelerator.is_main_process else lambda line: None
+        limits = {"warning": self.args.gap_warning, "limit": self.args.gap_limit}
+        self._note(check_rollouts(gap, len(sequences), **limits, say=say))
 
     # -- train --------------------------------------------------------------------------------------------------------
 
@@ -307,7 +259,7 @@ class JustRLTrainer(GRPOTrainer):
             sums = torch.zeros(len(STEP_SUMS), device=self.accelerator.device)
             for number, batch in enumerate(step.micro_batches, start=1):
                 with self._accumulating(model, last=number == len(step.micro_batches)):
-                    loss, logps = self._micro_batch_loss(model, batch, step)
+                    loss, logps = self.policy.loss(model, batch, step)
                     kwargs = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
                     # ranks' gradients are averaged, contributions to the loss are to be summed
                     self.accelerator.backward(loss * self.accelerator.num_processes, **kwargs)
@@ -318,49 +270,13 @@ class JustRLTrainer(GRPOTrainer):
             computed = sum(batch.row.input_ids.numel() for batch in step.micro_batches)
             metrics["padding_share"] = 1 - sum(sum(batch.row.lengths) for batch in step.micro_batches) / computed
             metrics["load_imbalance"] = step.load_imbalance
-            for name, value in metrics.items():
-                self._metrics["train"][name].append(value)
+            self._note(metrics)
         self._step += 1
         return loss
 
     @property
     def _clip(self) -> tuple[float, float, float]:
         return self.epsilon_low, self.epsilon_high, self.args.delta
-
-    def _micro_batch_loss(self, model, batch: MicroBatch, step: OptimizerStep) -> tuple[torch.Tensor, torch.Tensor]:
-        """Contribution to the loss of the optimizer step, and log-probabilities `(N,)`."""
-        sizes = {
-            "sequences_in_micro_batch": len(batch.indices),
-            "sequences_in_step": step.sequences,
-            "tokens_in_step": step.tokens,
-        }
-        mode = self.args.loss_normalization
-        if self.args.loss_backend == "trl":
-            logps, _ = self._forward(model, batch.row)
-            mask = torch.ones_like(logps)  # a packed row has response tokens only, and TRL has emptied masked responses
-            per_token = policy_loss(logps, batch.old_logps, batch.advantages, mask, *self._clip)
-            return normalize(per_token, mask, mode, **sizes), logps
-        weight = float(denominator(mode, tokens_in_micro_batch=batch.tokens, **sizes))
-        liger = {
-            "positions": batch.row.scored,
-            "targets": batch.row.targets,
-            "old_per_token_logps": batch.old_logps,
-            "advantages": batch.advantages,
-            # made on the device: Liger would copy a number there, and wait
-            "denominator": torch.full((), weight, device=self.accelerator.device),
-        }
-        with self.accelerator.autocast():
-            outputs = model(**self._row_arguments(batch.row), liger=liger)
-        return outputs.loss, outputs.log_probs
-
-    def _forward(self, model, row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probability and entropy `(N,)` of every response token of a packed row, through TRL's fused head."""
-        with self.accelerator.autocast():
-            outputs = model(**self._row_arguments(row), labels=row.labels, fused_lm_head=True)
-        return outputs.log_probs[0, row.scored], outputs.entropy[0, row.scored]
-
-    def _row_arguments(self, row: PackedRow) -> dict:
-        return {"input_ids": row.input_ids, "position_ids": row.position_ids, **packed_arguments(self._base_model, row)}
 
     @contextmanager
     def _accumulating(self, model, last: bool):
@@ -419,34 +335,12 @@ class JustRLTrainer(GRPOTrainer):
                 self._probe = self._probe or self._make_probe()
                 logps, _ = self._score(pack(self._probe, self.accelerator.device))
                 gap = self.weight_sync.gap(self._probe, logps)
-            largest, mean, _ = gap
-        self._metrics["train"]["sync/logprob_gap_max"].append(largest)
-        self._metrics["train"]["sync/logprob_gap_mean"].append(mean)
-        if not mean <= self.args.sync_logprob_gap_limit:
-            raise ServerError(
-                f"After the push of weight version {self.weight_sync.version} trainer and server disagree on the probe tokens: "
-                f"|difference| of log-probabilities {mean:.3f} on average (max {largest:.3f}) > sync_logprob_gap_limit="
-                f"{self.args.sync_logprob_gap_limit}. That is beyond bfloat16 noise: the server computes with other weights "
-                "than the trainer. Check that both run the pinned versions and serve the same model."
-            )
+        self._note(check_push(gap, self.weight_sync.version, self.args.sync_logprob_gap_limit))
 
     def _make_probe(self) -> list[Sequence]:
-        """Responses of the policy, as it is at the first push, to the first training prompts: text that the policy finds
-        likely, where bfloat16 noise is small and a change of weights shows."""
-        prompts = self._tokenize_prompts(self.train_dataset[:_PROBE_PROMPTS]["prompt"])[0]
-        limit = min(_PROBE_TOKENS, self.max_completion_length)
-        rows, error = None, None
-        if self.accelerator.is_main_process:
-            try:
-                rows = generate(self.pool, prompts, self.sampling(n=1, max_tokens=limit))
-            except ServerError as caught:
-                error = caught
-        raise_together(error, self.accelerator)
-        rows = broadcast_ragged(rows, len(prompts), self.accelerator)
-        return [
-            Sequence(torch.cat([torch.tensor(prompt), row.long()]), len(prompt))
-            for prompt, row in zip(prompts, rows, strict=True)
-        ]
+        prompts = self._tokenize_prompts(self.train_dataset[:PROBE_PROMPTS]["prompt"])[0]
+        sampling = self.sampling(n=1, max_tokens=min(PROBE_TOKENS, self.max_completion_length))
+        return make_probe(prompts, sampling, self.pool, self.accelerator)
 
     def _require_current_weights(self) -> None:
         version = None if self.weight_sync is None else self.weight_sync.version
@@ -468,6 +362,9 @@ class JustRLTrainer(GRPOTrainer):
         metrics["memory/peak_gib"] = [max(metrics["memory/peak_gib"])]
         metrics["tokens/generated"] = [metrics["completions/mean_length"][-1] * self.args.generation_batch_size]
         metrics["skipped_optimizer_steps"] = [self._skipped.take()]
-        clock = self.clock.metrics(metrics["tokens/generated"][0], metrics["tokens/trained"][0], self.pool)
-        for name, value in clock.items():
-            metrics[name].append(value)
+        self._note(self.clock.metrics(metrics["tokens/generated"][0], metrics["tokens/trained"][0], self.pool))
+
+    def _note(self, values: dict[str, float], mode: str = "train") -> None:
+        """For TRL's next log, which averages what was noted since the last one."""
+        for name, value in values.items():
+            self._metrics[mode][name].append(value)

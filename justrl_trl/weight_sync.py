@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from justrl_trl.collectives import on_rank_zero, raise_together
+from justrl_trl.gap import Gap
 from justrl_trl.packing import Sequence
 from justrl_trl.policy_weights import PolicyWeights
 from justrl_trl.pool import LIVE, STALE, AllServersDown, RolloutPool
@@ -87,7 +88,7 @@ class WeightSync:
         raise_together(error, self._accelerator)
         return bool(broadcast_object_list([arrived])[0])
 
-    def gap(self, sequences: list[Sequence], logps: torch.Tensor) -> tuple[float, float, float] | None:
+    def gap(self, sequences: list[Sequence], logps: torch.Tensor) -> Gap | None:
         """Compare trainer and server on the responses of some sequences.
 
         Args:
@@ -95,8 +96,7 @@ class WeightSync:
             logps: `(N,)`, the trainer's log-probabilities of all their response tokens in order, temperature 1.
 
         Returns:
-            On every rank: largest and mean |log p_trainer - log p_server|, and the k3 estimate of KL(server || trainer).
-            None if there was nothing to compare: no sequences, or no live server.
+            The same on every rank. None if there was nothing to compare: no sequences, or no live server.
         """
         error, gap = None, torch.zeros(4, device=self._accelerator.device)  # the last one: whether it was measured
         if self._accelerator.is_main_process and sequences:
@@ -111,7 +111,7 @@ class WeightSync:
                 error = caught
         raise_together(error, self._accelerator)
         largest, mean, k3, measured = self._accelerator.reduce(gap, "sum").tolist()
-        return (largest, mean, k3) if measured else None
+        return Gap(largest, mean, k3) if measured else None
 
 
 def _agreed(pool: RolloutPool) -> tuple[torch.dtype, str]:

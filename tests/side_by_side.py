@@ -212,11 +212,16 @@ class Ours(SameResponses, JustRLTrainer):
         for name in ("max", "mean"):
             self._metrics["train"][f"sync/logprob_gap_{name}"].append(0.0)
 
-    def _micro_batch_loss(self, model, batch, step):
-        loss, logps = super()._micro_batch_loss(model, batch, step)
-        if self.plant_nan_at.get(self._step) == self.accelerator.process_index:
-            loss = loss * float("nan")
-        return loss, logps
+    def keep_records(self) -> None:
+        super().keep_records()
+        original = self.policy.loss
+
+        def loss(*args):
+            value, logps = original(*args)
+            planted = self.plant_nan_at.get(self._step) == self.accelerator.process_index
+            return (value * float("nan") if planted else value), logps
+
+        self.policy.loss = loss
 
 
 @dataclass
