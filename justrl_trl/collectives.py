@@ -104,18 +104,23 @@ def on_rank_zero(work: Callable[[], T], accelerator: Accelerator) -> T:
 
 
 def leave_together() -> NoReturn:
-    """End this rank's process with status 0 once every rank got here, and without tearing the interpreter down.
-
-    A thread of the process group may still hold the last collective's tensor; to let it go it needs the interpreter. One in
-    teardown throws such a thread out through C++ that answers with SIGABRT ("terminate called without an active exception";
-    gloo of torch 2.13, three of eight runs on a busy machine), and the launcher ends all ranks when one of them fails.
-    Everything Python promises for a normal exit is done first: threads joined, exit functions run, output written.
-    """
+    """End this rank's process with status 0 once every rank got here: the launcher ends all ranks when one of them fails."""
     state = PartialState()
     state.wait_for_everyone()
     state.destroy_process_group()
+    leave(0)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process without tearing the interpreter down. Everything else that Python promises for an exit is done:
+    threads are joined, exit functions run, output written.
+
+    A thread of the process group may still hold the last collective's tensor; to let it go it needs the interpreter. One in
+    teardown throws such a thread out through C++ that answers with SIGABRT ("terminate called without an active exception";
+    gloo of torch 2.13, three of eight runs on a busy machine).
+    """
     threading._shutdown()  # as multiprocessing does it for its children, which leave in the same way
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)

@@ -7,15 +7,17 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
+from typing import NoReturn
 
 import httpx
+import torch
 import transformers
 from datasets import Dataset
 from huggingface_hub import whoami
 from trl import ModelConfig
 
 from justrl_trl.attention import check_attention
-from justrl_trl.collectives import StoppedByRankZero
+from justrl_trl.collectives import StoppedByRankZero, leave
 from justrl_trl.config import JustRLConfig
 from justrl_trl.data import (
     DataError,
@@ -130,11 +132,17 @@ def one_paragraph_errors():
             print(f"\nerror: {error}\n(JUSTRL_TRACEBACK=1 shows where.)", file=sys.stderr, flush=True)
         else:
             time.sleep(3)  # the first rank to exit has the others terminated: let rank 0 speak
-        sys.exit(2)
+        _exit(2)
     except KeyboardInterrupt:
         if int(os.environ.get("RANK", 0)) == 0:
             print("\ninterrupted. --resume_from_checkpoint True goes on from the last checkpoint, if there is one.", flush=True)
-        sys.exit(130)
+        _exit(130)
+
+
+def _exit(status: int) -> NoReturn:
+    if torch.distributed.is_initialized():
+        leave(status)  # or an abort in the teardown may have the last word
+    sys.exit(status)
 
 
 def quiet_libraries() -> None:
