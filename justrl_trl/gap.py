@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
-from justrl_trl.collectives import broadcast_ragged, raise_together
+from justrl_trl.collectives import broadcast_ragged, on_rank_zero
 from justrl_trl.dispatch import generate
 from justrl_trl.packing import Sequence
 from justrl_trl.pool import RolloutPool
@@ -38,16 +38,12 @@ def make_probe(
     Raises:
         ServerError (rank 0) / StoppedByRankZero (others): if no server answers.
     """
-    rows, error = None, None
-    if accelerator.is_main_process:
-        try:
-            rows = generate(pool, prompts, sampling)
-        except ServerError as caught:
-            error = caught
-    raise_together(error, accelerator)
-    rows = broadcast_ragged(rows, len(prompts), accelerator)
+    rows: list[list[int]] = []
+    on_rank_zero(lambda: rows.extend(generate(pool, prompts, sampling)), accelerator)
+    everywhere = broadcast_ragged(rows, len(prompts), accelerator)
     return [
-        Sequence(torch.cat([torch.tensor(prompt), row.long()]), len(prompt)) for prompt, row in zip(prompts, rows, strict=True)
+        Sequence(torch.cat([torch.tensor(prompt), row.long()]), len(prompt))
+        for prompt, row in zip(prompts, everywhere, strict=True)
     ]
 
 

@@ -98,20 +98,19 @@ class WeightSync:
         Returns:
             The same on every rank. None if there was nothing to compare: no sequences, or no live server.
         """
-        error, gap = None, torch.zeros(4, device=self._accelerator.device)  # the last one: whether it was measured
-        if self._accelerator.is_main_process and sequences:
-            try:
-                served = [self._pool.prompt_logprobs(s.ids.tolist())[s.prompt_length - 1 :] for s in sequences]
-                difference = logps.float().cpu() - torch.tensor([value for part in served for value in part])
-                k3 = difference.exp() - 1 - difference
-                gap.copy_(torch.stack([difference.abs().max(), difference.abs().mean(), k3.mean(), torch.ones(())]))
-            except AllServersDown:
-                pass  # a server that dies here is no reason to end the run: the next push or generation waits for one
-            except Exception as caught:
-                error = caught
-        raise_together(error, self._accelerator)
-        largest, mean, k3, measured = self._accelerator.reduce(gap, "sum").tolist()
-        return Gap(largest, mean, k3) if measured else None
+        return on_rank_zero(lambda: self._compare(sequences, logps), self._accelerator)
+
+    def _compare(self, sequences: list[Sequence], logps: torch.Tensor) -> Gap | None:
+        """Rank 0's part of `gap`."""
+        if not sequences:
+            return None
+        try:
+            served = [self._pool.prompt_logprobs(s.ids.tolist())[s.prompt_length - 1 :] for s in sequences]
+        except AllServersDown:
+            return None  # a server that dies here is no reason to end the run: the next push or generation waits for one
+        difference = logps.float().cpu() - torch.tensor([value for part in served for value in part])
+        k3 = difference.exp() - 1 - difference
+        return Gap(float(difference.abs().max()), float(difference.abs().mean()), float(k3.mean()))
 
 
 def _agreed(pool: RolloutPool) -> tuple[torch.dtype, str]:

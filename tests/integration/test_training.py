@@ -47,6 +47,7 @@ def test_every_rollout_step_left_a_complete_line(run):
     for name in (
         "reward entropy accuracy grad_norm learning_rate completions/mean_length completions/max_length "
         "completions/clipped_ratio clip_ratio/low_mean clip_ratio/high_mean clip_ratio/dual_mean sync/logprob_gap_max "
+        "rollout/logprob_gap_mean rollout/logprob_gap_max rollout/logprob_kl "
         "seconds/generation seconds/scoring seconds/training seconds/sync seconds/total tokens_per_second/total"
     ).split():
         assert all(isinstance(row[name], int | float) for row in rows), name

@@ -5,13 +5,16 @@ the clips. Two ranks are in `tests/integration/test_ranks.py`.
 """
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from justrl_trl.gap import Gap
 from justrl_trl.pool import RolloutPool
 from justrl_trl.rollout import RolloutClient
 from justrl_trl.scoring import Scores
+from justrl_trl.server import ServerError
 from tests.side_by_side import Case, build, error, response, run
 
 from .fake_server import FakeServer
@@ -94,6 +97,22 @@ def test_responses_from_a_server_train_as_the_same_ones_from_a_list(stock, tmp_p
         server.close()
     assert (len(waves) > 2) == early
     assert_same(trainer.seen, stock["untied"])
+
+
+class OtherPolicy:
+    """A `WeightSync` whose servers sample something else than the trainer trains."""
+
+    def gap(self, sequences, logps):
+        assert len(sequences) == 8 and len(logps) == sum(s.response_length for s in sequences)
+        return Gap(largest=3.0, mean=0.6, k3=0.4)
+
+
+def test_responses_of_another_policy_are_not_trained_on(tmp_path):
+    trainer = build(Case("ours", changes={"gap_responses": 8, "gap_limit": 0.5}), str(tmp_path))
+    trainer.weight_sync, trainer.pool = OtherPolicy(), SimpleNamespace(say=print)
+    with pytest.raises(ServerError, match=r"differ by 0\.600 .* over 8 responses > gap_limit=0\.5"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and trainer.seen["gradients"] == []
 
 
 def test_adapters_are_scored_without_their_dropout():
