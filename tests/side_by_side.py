@@ -32,19 +32,19 @@ COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather
 PROMPTS = [f"{'count ' * (i % 5)}what is {i} + {2 * i}?" for i in range(64)]
 
 
-def small_model(tied: bool, vocabulary: int, **changes) -> Qwen2ForCausalLM:
-    """A fresh Qwen2 of four layers; peaked enough that a few updates carry ratios beyond the clip."""
+def small_model(tied: bool, vocabulary: int, device: str = "cpu", **changes) -> Qwen2ForCausalLM:
+    """A fresh Qwen2 of four layers; peaked enough that a few updates carry ratios beyond the clip.
+
+    Args:
+        device: where the random weights are drawn. The same seed gives other weights on a GPU than on a CPU.
+        changes: other sizes.
+    """
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "head_dim": 16}
     sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096, "vocab_size": vocabulary}
+    sizes |= {"initializer_range": 0.1, "dtype": "float32"}
     torch.manual_seed(7)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            tie_word_embeddings=tied,
-            initializer_range=0.1,
-            dtype="float32",
-            **sizes | changes,
-        )
-    )
+    with torch.device(device):
+        return Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=tied, **sizes | changes))
 
 
 def response(prompt_ids: list[int], copy: int, longest: int, vocabulary: int, eos: int) -> list[int]:
@@ -87,12 +87,16 @@ def counted_collectives():
 
 
 class SameResponses:
-    """Mixed into both trainers: recorded responses instead of sampled ones, and every gradient kept."""
+    """Mixed into both trainers: recorded responses instead of sampled ones, and every gradient kept (`Case.recorded`)."""
 
+    seen: dict | None = None  # what was kept
+    warmup_share: int = 1  # see `Case`
     plant_nan_at: dict[int, int] = {}  # optimizer step -> rank whose loss is NaN there
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         longest, vocabulary = self.max_completion_length, self.model.config.vocab_size
+        if self.state.global_step == 0:
+            longest //= self.warmup_share
         rows = [
             response(ids, i % num_generations, longest, vocabulary, self.processing_class.eos_token_id)
             for i, ids in enumerate(prompt_ids)
@@ -116,6 +120,8 @@ class SameResponses:
         return torch.cat([read(p).detach().flatten().cpu().clone() for p in trained])
 
     def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.seen is None:
+            return super().training_step(model, inputs, num_items_in_batch)
         if self.is_deepspeed_enabled and not hasattr(self, "_tapped"):
             self._tapped = engine = self.accelerator.deepspeed_engine_wrapped.engine
             original = engine.step
@@ -132,7 +138,7 @@ class SameResponses:
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        if not self.is_deepspeed_enabled:  # whose engine has already stepped
+        if self.seen is not None and not self.is_deepspeed_enabled:  # whose engine has already stepped
             self.seen["gradients"].append(self.gradient())
         return super()._get_grad_norm(model, grad_norm=grad_norm)
 
@@ -246,6 +252,11 @@ class Case:
     budget: int = 400  # ours: tokens per micro-batch
     waves: list = field(default_factory=list)  # ours: see `Ours.waves`
     plant_nan_at: dict = field(default_factory=dict)
+    attention: str | None = None  # attn_implementation of the model; None: what the trainer chooses
+    device: str = "cpu"  # where the random weights are drawn
+    recorded: bool = True  # keep every gradient and all weights in `seen`, on the CPU; a large model has no room for them
+    warmup_share: int = 1  # responses of the first rollout step are this many times shorter
+    whole_parameters: bool = False  # ZeRO-3 keeps small parameters whole on every rank, as it does by default
     changes: dict = field(default_factory=dict)
 
     def arguments(self, folder: str) -> GRPOConfig | JustRLConfig:
@@ -282,7 +293,7 @@ class Case:
                 "advantage_epsilon": 1e-4,  # TRL's
                 "loss_normalization": "token_mean",
             }
-            return _partitioned(JustRLConfig(**common | ours | self.changes))
+            return self._partitioned(JustRLConfig(**common | ours | self.changes))
         micro_batches = self.optimizer_steps * self.accumulation
         stock = {
             "per_device_train_batch_size": self.responses // micro_batches // ranks,
@@ -297,22 +308,25 @@ class Case:
             "ddp_backend": "gloo" if ranks > 1 and not torch.cuda.is_available() else None,
             "use_cpu": ranks > 1 and os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true",
         }
-        return _partitioned(GRPOConfig(**common | stock | self.changes))
+        return self._partitioned(GRPOConfig(**common | stock | self.changes))
 
-
-def _partitioned(args):
-    """Under ZeRO-3, parameters below 100,000 elements are kept whole on every rank: here all are, so none shall be."""
-    if args.deepspeed_plugin is not None:
-        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    return args
+    def _partitioned(self, args):
+        """Under ZeRO-3, parameters below 100,000 elements are kept whole on every rank: all of a small model's, which would
+        then never be gathered."""
+        if args.deepspeed_plugin is not None and not self.whole_parameters:
+            args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return args
 
 
 def build(case: Case, folder: str):
     """The trainer of a case."""
     kind = {"ours": Ours, "served": Served, "stock": Stock, "trl": Untouched}[case.trainer]
     tokenizer = tiny._tokenizer()
+    model = small_model(case.tied, len(tokenizer), case.device, **case.model)
+    if case.attention:
+        model.set_attn_implementation(case.attention)
     trainer = kind(
-        model=small_model(case.tied, len(tokenizer), **case.model),
+        model=model,
         args=case.arguments(folder),
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in PROMPTS]),
         reward_funcs=reward,
@@ -328,8 +342,10 @@ def build(case: Case, folder: str):
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
     trainer.waves = case.waves
+    trainer.warmup_share = case.warmup_share
     trainer.plant_nan_at = {int(step): rank for step, rank in case.plant_nan_at.items()}
-    trainer.keep_records()
+    if case.recorded:
+        trainer.keep_records()
     return trainer
 
 
