@@ -229,9 +229,8 @@ def print_tables(result: dict) -> None:
 def main(preset_name: str, *, quick: bool, repetitions: int, budget: int | None, peak_tflops: float, out: Path | None) -> int:
     """Run the preset; returns the exit status."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") != "true":
-        sys.exit(
-            f"error: --preset {preset_name} runs under DeepSpeed ZeRO-3. Start it with:{__doc__.split('Compared')[0][84:]}"
-        )
+        lines = __doc__.split("\n\n")[1]
+        sys.exit(f"error: --preset {preset_name} runs under DeepSpeed ZeRO-3. Start it with\n{lines}")
     started = time.perf_counter()
     preset = PRESETS[preset_name] | ({"budget": budget} if budget else {})
     responses = RESPONSES // 2 if quick else RESPONSES
