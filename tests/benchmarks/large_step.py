@@ -202,6 +202,11 @@ def summary(runs: dict[str, list[dict]]) -> dict[str, dict]:
     return table
 
 
+def percent(utilization: float) -> str:
+    """For people; a CPU has another peak than the one that it was computed with."""
+    return f"{utilization:.1%}" if torch.cuda.is_available() else "-"
+
+
 def print_tables(result: dict) -> None:
     """Speed of each variant, and memory at each budget."""
     stock = result["variants"].get("stock TRL", {}).get("tokens_per_second")
@@ -210,7 +215,7 @@ def print_tables(result: dict) -> None:
         if "tokens_per_second" in row:
             ratio = f"{row['tokens_per_second'] / stock:.2f}" if stock else "-"
             speed = f"{row['tokens_per_second']:>9,.0f}{ratio:>7}"
-            mfu = "".join(f"{row[key]:>7.1%}" for key in ("mfu_training", "mfu_training_and_scoring"))
+            mfu = "".join(f"{percent(row[key]):>7}" for key in ("mfu_training", "mfu_training_and_scoring"))
             stages = "".join(f"{row['seconds'][stage]:>{width}.2f}" for stage, width in zip(STAGES, (9, 9, 8), strict=True))
             print(f"  {name:<28}{speed}{mfu}{stages}{row['peak_gib']:>6.1f} GiB")
         if row["status"] != "ok":
@@ -257,7 +262,10 @@ def main(preset_name: str, *, quick: bool, repetitions: int, budget: int | None,
             text = measured.get("error") or f"{len(measured['budgets'])} budgets"
         else:
             runs[job.name].append(measured)
-            text = measured.get("error") or f"{measured['tokens_per_second']:,.0f} tokens/s, MFU {measured['mfu_training']:.1%}"
+            text = (
+                measured.get("error")
+                or f"{measured['tokens_per_second']:,.0f} tokens/s, MFU {percent(measured['mfu_training'])}"
+            )
         print(f"  {time.perf_counter() - started:6.1f} s  {job.name:<28}{text}", flush=True)
         result["variants"], result["runs"] = summary(runs), runs
         result["wall_seconds"] = round(time.perf_counter() - started, 1)
