@@ -50,6 +50,12 @@ class Rules:
             if getattr(given, "value", given) != value:
                 raise ValueError(f"{name}={given!r} is not supported: {reason}. Leave it at {value!r}.")
 
+        if self.tf32:
+            raise ValueError(
+                "tf32=True is not supported: it holds for the whole process, also for the rotary angles, which TF32 computes "
+                "exactly only up to position 2,048. Leave it unset: the loss uses TF32 by itself where that is safe."
+            )
+
     def _gather_servers(self) -> None:
         if self.vllm_server_base_url:
             if self.rollout_servers not in (None, [self.vllm_server_base_url]):
@@ -157,8 +163,6 @@ class Rules:
             self.score_while_sampling = torch.cuda.is_available() and not self.full_determinism
         if torch.cuda.is_available():
             self.bf16 = not self.fp16 if self.bf16 is None else self.bf16
-            if self.tf32 is None and self.bf16 and torch.cuda.get_device_capability()[0] >= 8:
-                self.tf32 = True  # Liger's backward multiplies in float32 also in a bf16 run, several times slower without
             return
         # Without a GPU: float32, as the plan says (a recipe's bf16 is for its GPUs), and gloo
         self.bf16 = False

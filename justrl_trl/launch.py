@@ -16,7 +16,6 @@ from datasets import Dataset
 from huggingface_hub import whoami
 from trl import ModelConfig
 
-from justrl_trl.attention import check_attention
 from justrl_trl.collectives import StoppedByRankZero, leave
 from justrl_trl.config import JustRLConfig
 from justrl_trl.data import (
@@ -43,12 +42,11 @@ class TrainingData:
 
 
 def check_machine(training: JustRLConfig, model: ModelConfig) -> None:
-    """What the run needs and this machine may lack: the attention it asks for, a login at the Hub.
+    """What the run needs and this machine may lack: a login at the Hub.
 
     Raises:
         ValueError: which, and what to do.
     """
-    check_attention(model.attn_implementation)
     if training.push_to_hub and training.distributed_state.is_main_process:
         check_hub_login(training)
 

@@ -41,7 +41,7 @@ class PackedPolicy:
     ):
         self._args, self._accelerator, self._clip = args, accelerator, clip
         self._base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        use_packed_attention(self._base)
+        use_packed_attention(self._base, half_precision=args.bf16 or args.fp16)
         check_dense(self._base)
         if args.loss_backend == "liger":
             check_liger_support(self._base, args.cast_lm_head_to_fp32)

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config
 
-from justrl_trl.attention import describe_attention
+from justrl_trl.attention import choose_attention, describe_attention
 from justrl_trl.collectives import leave_together
 from justrl_trl.launch import check_machine, load_data, one_paragraph_errors, quiet_libraries, resolve_model
 from justrl_trl.progress import RolloutStepPrinter, plan_lines, say, table_lines
@@ -35,6 +35,8 @@ def main() -> None:
     # what to do
     run, training, model = parse(default_recipe=Path(__file__).with_name("tiny.yaml"))
     check_machine(training, model)
+    half_precision = training.bf16 or training.fp16
+    attention = choose_attention(model.attn_implementation, half_precision)
     model_path = resolve_model(model, training)
     tokenizer = AutoTokenizer.from_pretrained(model_path, revision=model.model_revision, padding_side="left")
     data = load_data(run, training, tokenizer)
@@ -47,7 +49,7 @@ def main() -> None:
         plan_lines(
             training=training,
             model=model.model_name_or_path,
-            attention=describe_attention(model.attn_implementation),
+            attention=describe_attention(attention, half_precision),
             dataset=run.dataset_name,
             data_lines=data.report.lines(),
             heldout_size=len(data.heldout) if data.heldout else 0,
@@ -69,7 +71,7 @@ def main() -> None:
     training.model_init_kwargs = {
         "dtype": model.dtype,
         "revision": model.model_revision,
-        "attn_implementation": model.attn_implementation,
+        "attn_implementation": attention,
         "use_safetensors": True,
     }
     if training.distributed_state.is_main_process:

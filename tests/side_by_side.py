@@ -279,7 +279,6 @@ class Case:
             "seed": 1,
             "report_to": "none",
             "disable_tqdm": True,
-            "tf32": False if torch.cuda.is_available() else None,
         }
         if self.trainer in ("ours", "served"):
             ours = {

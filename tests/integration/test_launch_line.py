@@ -106,7 +106,7 @@ def test_an_unknown_model_is_named(recipe):
 
 
 def test_flash_attention_that_cannot_run_is_refused(recipe):
-    refused(recipe("--attn_implementation", "flash_attention_2"), "flash_attention_2", "no GPU", "--attn_implementation sdpa")
+    refused(recipe("--attn_implementation", "flash_attention_2"), "flash_attention_2", "no GPU", "--attn_implementation auto")
 
 
 def test_a_budget_below_one_full_sequence_is_refused(recipe):

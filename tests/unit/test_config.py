@@ -165,6 +165,14 @@ def test_a_choice_that_the_recipe_fixes_is_refused_with_value_reason_and_remedy(
     assert message.endswith(f"Leave it at {default}.")
 
 
+def test_tf32_for_the_whole_process_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"tf32=True is not supported.*position 2,048.*unset"):
+        config(tf32=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert not config(use_cpu=True).tf32  # nor is it switched on by itself
+
+
 def test_a_batch_that_does_not_divide_over_the_ranks_names_its_neighbours(ranks):
     ranks(32)
     # 4 x 32 = 128 shares; 2000 lies between 15 x 128 and 16 x 128

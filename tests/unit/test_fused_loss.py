@@ -1,5 +1,6 @@
 """Liger's kernel and the readable loss are one function, values and gradients; what Liger cannot compute is refused."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from trl.trainer.utils import add_fused_lm_head
 
+from justrl_trl import fused_loss
 from justrl_trl.attention import packed_arguments, use_packed_attention
 from justrl_trl.fused_loss import add_liger_loss, check_dense, check_liger_support, liger_policy_loss
 from justrl_trl.loss import policy_loss
@@ -167,3 +169,26 @@ def test_a_mixture_of_experts_with_a_router_loss_is_refused():
     model.config.output_router_logits = True
     with pytest.raises(ValueError, match="output_router_logits=True.*Use a dense model"):
         check_dense(model)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.bfloat16, "tf32"), (torch.float32, None)])
+@pytest.mark.parametrize("fails", [False, True], ids=["ends", "fails"])
+def test_tf32_is_on_inside_ligers_kernel_only(monkeypatch, dtype, expected, fails):
+    """Rotary angles are float32 products: exact under TF32 up to position 2,048 only."""
+    matmul, seen = torch.backends.cuda.matmul, []
+    before = matmul.fp32_precision
+    assert before != "tf32"
+    kernel = fused_loss.LigerFusedLinearGRPOFunction.ppo_loss_fn
+
+    def watched(*args, **kwargs):
+        seen.append(matmul.fp32_precision)
+        if fails:
+            raise RuntimeError("out of memory")
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(fused_loss.LigerFusedLinearGRPOFunction, "ppo_loss_fn", watched)
+    case = inputs()
+    case.x, case.weight = case.x.to(dtype), case.weight.to(dtype)
+    with pytest.raises(RuntimeError, match="out of memory") if fails else nullcontext():
+        fused(case, denominator=50.0, temperature=1.0)
+    assert set(seen) == {expected or before} and matmul.fp32_precision == before

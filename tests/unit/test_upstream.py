@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import GradientState
 from torch.distributed import ProcessGroupGloo
+from torch.nn.attention.varlen import varlen_attn
 from transformers import Trainer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl import GRPOTrainer
@@ -83,6 +84,13 @@ def test_every_override_of_a_private_method_is_named_in_the_trainers_docstring()
 def test_attention_of_transformers_is_called_as_it_is_defined():
     names = list(inspect.signature(sdpa_attention_forward).parameters)
     assert names[:5] == ["module", "query", "key", "value", "attention_mask"] and names[-1] == "kwargs"
+
+
+def test_varlen_attention_of_torch_takes_what_ours_passes():
+    parameters = inspect.signature(varlen_attn).parameters
+    assert list(parameters)[:7] == ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
+    assert {"scale", "window_size"} <= parameters.keys()
+    assert parameters["window_size"].default == (-1, -1)  # both sides: causal is (-1, 0)
 
 
 def test_gloo_of_torch_has_its_private_options():
