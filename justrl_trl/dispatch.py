@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from justrl_trl.pool import DOWN, LIVE, STALE, Member, RolloutPool, WeightsNeeded
 from justrl_trl.rollout import RequestRefused, Sampling
+from justrl_trl.seeds import request_seeds
 from justrl_trl.server import ServerError
 
 
@@ -31,12 +32,12 @@ class Rollouts:
     Args:
         pool: who answers.
         prompts, sampling: what is asked.
-        seeds: of each prompt; default: `sampling.seed` and those that follow.
+        seeds: of each prompt's request; default: `seeds.request_seeds` from `sampling.seed` on.
     """
 
     def __init__(self, pool: RolloutPool, prompts: list[list[int]], sampling: Sampling, seeds: list[int] | None = None):
         self._pool, self._prompts, self._sampling = pool, prompts, sampling
-        self._seeds = seeds or [sampling.seed + index for index in range(len(prompts))]
+        self._seeds = seeds or request_seeds(sampling.seed, len(prompts), sampling.n)
         self._left = len(prompts)
         self._responses: list[list[list[int]] | None] = [None] * len(prompts)
         self._attempts = [0] * len(prompts)

@@ -13,7 +13,6 @@ same problem, and an interruption loses only what is being decoded. Nothing here
 import hashlib
 import queue
 import time
-import zlib
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from justrl_trl.dispatch import Rollouts
 from justrl_trl.pool import RolloutPool, WeightsNeeded
 from justrl_trl.rollout import Sampling
 from justrl_trl.sample_store import Key
+from justrl_trl.seeds import seed_for
 from justrl_trl.server import ServerError
 
 if TYPE_CHECKING:
@@ -83,11 +83,6 @@ def eval_sampling(
     )
 
 
-def seed_of(seed: int, benchmark: str, problem: int, sample: int) -> int:
-    """Seed of one sample, below 2^31: neighbouring samples of a problem never share one."""
-    return (seed + zlib.crc32(f"{benchmark}/{problem}".encode()) + sample) % 2**31
-
-
 def prompt_ids(
     tokenizer: "PreTrainedTokenizerBase",
     problems: list[Problem],
@@ -112,7 +107,7 @@ def requests_of(task: Task, prompts: list[list[int]], seed: int) -> list[Request
     """All samples of a task, the samples of a problem side by side."""
     hashes = [hashlib.sha256(array("q", prompt).tobytes()).hexdigest()[:16] for prompt in prompts]
     return [
-        Request(task.name, problem, sample, prompt, hashes[problem], seed_of(seed, task.name, problem, sample))
+        Request(task.name, problem, sample, prompt, hashes[problem], seed_for(seed, task.name, problem, sample))
         for problem, prompt in enumerate(prompts)
         for sample in range(task.samples)
     ]

@@ -3,8 +3,6 @@
 from justrl_trl.collectives import on_rank_zero
 from justrl_trl.dispatch import Rollouts
 
-_SEED_OFFSET = 1 << 15  # no rollout of the same rollout step has these seeds
-
 
 def heldout_accuracy(trainer) -> float | None:
     """Share of rewarded responses, `heldout_generations` to each held-out problem, from the weights that the servers hold.
@@ -16,7 +14,7 @@ def heldout_accuracy(trainer) -> float | None:
     rollouts, n = None, trainer.args.heldout_generations
     prompts = trainer._tokenize_prompts(list(trainer.heldout_dataset["prompt"]))[0]
     if trainer.accelerator.is_main_process:
-        rollouts = Rollouts(trainer.pool, prompts, trainer.sampling(n, trainer.max_completion_length, _SEED_OFFSET))
+        rollouts = Rollouts(trainer.pool, prompts, trainer.sampling(n, trainer.max_completion_length, "held out"))
     trainer.finish_rollouts("held-out problems", rollouts, len(prompts))
     return on_rank_zero(lambda: _rewarded(trainer, rollouts.responses()), trainer.accelerator)
 

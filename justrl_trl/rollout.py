@@ -24,7 +24,7 @@ class Sampling:
         max_tokens: response tokens at most.
         temperature, top_p, top_k, min_p, repetition_penalty: as in vLLM; top_k 0 keeps every token.
         stop_token_ids: tokens that end a response (kept as its last token).
-        seed: base seed; prompt i of a generation uses seed + i.
+        seed: base seed; the request for prompt i of a generation has seed + i x n, and vLLM gives its response k that + k.
     """
 
     n: int
@@ -90,7 +90,7 @@ class RolloutClient:
             "min_p": sampling.min_p,
             "repetition_penalty": sampling.repetition_penalty,
             "stop_token_ids": list(sampling.stop_token_ids),
-            "seed": seed % 2**31,
+            "seed": seed,
             "return_token_ids": True,
         }
         with self.understanding("/v1/completions"):

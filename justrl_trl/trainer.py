@@ -37,6 +37,7 @@ from justrl_trl.pool import RolloutPool
 from justrl_trl.rewards import dapo_reward
 from justrl_trl.rollout import Sampling
 from justrl_trl.scoring import Scores
+from justrl_trl.seeds import seed_for
 from justrl_trl.server import ServerError
 from justrl_trl.stages import StageClock
 from justrl_trl.weight_sync import WeightSync
@@ -151,8 +152,8 @@ class JustRLTrainer(GRPOTrainer):
         with progress_bar(what, prompts, self.pool) as on_done:
             Generation(rollouts, 1, None, self.accelerator, on_done).finish(self.push_weights, self.save_before_giving_up)
 
-    def sampling(self, n: int, max_tokens: int, seed_offset: int = 0) -> Sampling:
-        """What a server is asked for; `seed_offset` keeps other samples of a rollout step apart from its rollouts."""
+    def sampling(self, n: int, max_tokens: int, what: str = "rollouts") -> Sampling:
+        """What a server is asked for; `what` keeps the seeds of other samples apart from those of rollouts."""
         return Sampling(
             n=n,
             max_tokens=max_tokens,
@@ -162,8 +163,8 @@ class JustRLTrainer(GRPOTrainer):
             min_p=self.min_p or 0.0,
             repetition_penalty=self.repetition_penalty,
             stop_token_ids=tuple(self.eos_token_ids),
-            # no seed twice in a run: rollout steps are 2^16 prompts apart
-            seed=self.args.seed + (self.rollout_step << 16) + seed_offset,
+            # no seed twice in a run: rollout steps are as many seeds apart as they have responses
+            seed=seed_for(self.args.seed, what) + self.rollout_step * self.args.generation_batch_size,
         )
 
     def save_before_giving_up(self) -> None:
@@ -339,7 +340,7 @@ class JustRLTrainer(GRPOTrainer):
 
     def _make_probe(self) -> list[Sequence]:
         prompts = self._tokenize_prompts(self.train_dataset[:PROBE_PROMPTS]["prompt"])[0]
-        sampling = self.sampling(n=1, max_tokens=min(PROBE_TOKENS, self.max_completion_length))
+        sampling = self.sampling(1, min(PROBE_TOKENS, self.max_completion_length), "probe")
         return make_probe(prompts, sampling, self.pool, self.accelerator)
 
     def _require_current_weights(self) -> None:

@@ -120,7 +120,7 @@ def test_both_servers_work_and_give_the_samples_that_one_would(pair, model):
     both = generate(pair, PROMPTS, LONG)
     assert right(both) and all(member.prompts > 0 for member in pair.members)
     alone = pair.members[0].client
-    assert [alone.sample(PROMPTS[i], LONG, LONG.seed + i) for i in (0, 7)] == [both[0:4], both[28:32]]
+    assert [alone.sample(PROMPTS[i], LONG, LONG.seed + i * LONG.n) for i in (0, 7)] == [both[0:4], both[28:32]]
 
 
 def test_a_stopped_server_is_noticed_by_the_heartbeat(pair, model, processes):

@@ -18,6 +18,7 @@ from justrl_trl.evaluation_arguments import EvaluateArguments, folder_of, parse,
 from justrl_trl.evaluation_model import EvaluatedModel, find_model, fingerprint
 from justrl_trl.evaluation_servers import check_server, connect, server_places
 from justrl_trl.rollout import RolloutClient
+from justrl_trl.seeds import seed_for
 from justrl_trl.server import ServerError
 from justrl_trl.tiny import _tokenizer
 
@@ -380,8 +381,11 @@ def test_a_mistake_is_one_paragraph_and_status_2_and_leaves_nothing(
     assert not list(tmp_path.glob("runs"))
 
 
+BOXED = {seed_for(0, "sums", problem, sample) for problem in range(5) for sample in range(0, 6, 2)}
+
+
 class Oracle:
-    """A rollout server on weights from disk that answers i + 1 (in a box for even seeds) to problem i; or fails."""
+    """A rollout server on weights from disk that answers i + 1 to problem i, in a box for every other sample; or fails."""
 
     def __init__(self, model: Path):
         self.tokenizer, self.path, self.asked, self.fails_after = find_model(str(model), None).tokenizer, model, 0, None
@@ -400,7 +404,7 @@ class Oracle:
                 return 400, {"error": "out of order"}
             self.asked += 1
         number = int(self.tokenizer.decode(body["prompt"]).split("user\n")[1].split(" ")[0]) + 1
-        text = f"It is \\boxed{{{number}}}" if body["seed"] % 2 == 0 else f"It is {number}, boxed"
+        text = f"It is \\boxed{{{number}}}" if body["seed"] in BOXED else f"It is {number}, boxed"
         return 200, {"choices": [{"index": 0, "token_ids": [*self.tokenizer(text)["input_ids"], self.tokenizer.eos_token_id]}]}
 
 
@@ -431,12 +435,12 @@ def rows(path: Path) -> list[dict]:
 def test_samples_grades_and_results_are_written_and_printed(evaluate, oracle, tmp_path):
     out, results = evaluate()
     samples = rows(tmp_path / "out" / "samples.jsonl")
-    right = sum(row["seed"] % 2 == 0 for row in samples)
-    assert len(samples) == oracle.asked == 20 and right == 10  # seeds of four samples in a row: two are even
+    right = sum(row["seed"] in BOXED for row in samples)
+    assert len(samples) == oracle.asked == 20 and right == 10  # of each problem's four samples, two
     scores = results["scores"]["sums"]
     assert scores["avg"] == 0.5 and scores["no_box"] == 0 and scores["truncated"] == 0
     grades = rows(tmp_path / "out" / "grades.jsonl")
-    assert [grade["correct"] for grade in grades] == [row["seed"] % 2 == 0 for row in samples]
+    assert [grade["correct"] for grade in grades] == [row["seed"] in BOXED for row in samples]
     assert {grade["answer"] for grade in grades} == {None, "1", "2", "3", "4", "5"}
     assert "50.00 ± 0.00" in out and (tmp_path / "out" / "results.md").read_text() in out
     assert all("eos" not in row["completion"] and "<|im_end|>" not in row["completion"] for row in samples)

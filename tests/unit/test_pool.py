@@ -125,7 +125,7 @@ def test_seeds_belong_to_prompts_and_not_to_servers(make):
     generate(pool, PROMPTS, SAMPLING)
     for server in servers:
         for body in server.fake.bodies(COMPLETIONS):
-            assert body["seed"] == SAMPLING.seed + body["prompt"][0] - 10
+            assert body["seed"] == SAMPLING.seed + (body["prompt"][0] - 10) * SAMPLING.n
 
 
 def test_progress_is_told_in_tokens_and_prompts_that_are_left(make):

@@ -76,14 +76,6 @@ def test_a_request_states_all_of_the_sampling(serve):
     ]
 
 
-@pytest.mark.parametrize(("base", "seeds"), [(100, [100, 101, 102]), (2**31 - 2, [2**31 - 2, 2**31 - 1, 0])])
-def test_seeds_stay_within_31_bits(serve, base, seeds):
-    server, client = serve()
-    for index in range(3):
-        client.sample([1], SAMPLING, base + index)
-    assert [body["seed"] for body in server.bodies(COMPLETIONS)] == seeds
-
-
 def test_every_request_carries_the_key(serve, monkeypatch):
     server, client = serve()
     client.sample([1], SAMPLING, 100)

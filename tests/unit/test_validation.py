@@ -10,10 +10,10 @@ import torch
 
 from justrl_trl import tiny
 from justrl_trl.data_sources import DataError
-from justrl_trl.evaluation import seed_of
 from justrl_trl.pool import RolloutPool
 from justrl_trl.rollout import RolloutClient
 from justrl_trl.run_folder import RunFolder, read_jsonl
+from justrl_trl.seeds import seed_for
 from justrl_trl.validation import Validate
 from tests.side_by_side import Case, build
 
@@ -80,7 +80,7 @@ def trained(tmp_path, problems):
 
 def right(problem: int, sample: int) -> bool:
     """Seeds of the training's seed 1: `answer` is right where they are even."""
-    return seed_of(1, "sums", problem, sample) % 2 == 0
+    return seed_for(1, "sums", problem, sample) % 2 == 0
 
 
 def test_it_comes_before_the_first_every_so_many_and_after_the_last(trained):
@@ -89,7 +89,7 @@ def test_it_comes_before_the_first_every_so_many_and_after_the_last(trained):
     assert [(row["rollout_step"], row["benchmark"]) for row in rows] == [(0, "sums"), (3, "sums"), (4, "sums")]
     share = sum(right(p, s) for p in range(4) for s in range(3)) / 12
     assert 0 < share < 1 and all(row["avg"] == pytest.approx(share) for row in rows)
-    cut = sum(seed_of(1, "sums", p, s) % 3 == 0 for p in range(4) for s in range(3)) / 12
+    cut = sum(seed_for(1, "sums", p, s) % 3 == 0 for p in range(4) for s in range(3)) / 12
     assert rows[0]["truncated"] == pytest.approx(cut) and rows[0]["no_box"] == 0
     assert sum(f"sums avg@3 {share:.1%}" in line for line in trained.said) == 3
     logged = [row for row in trainer.state.log_history if "validation/sums/avg@3" in row]
