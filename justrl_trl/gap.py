@@ -1,10 +1,12 @@
 """Are rollouts samples of the policy that is trained? How far the servers' log-probabilities are from the trainer's says it.
 
-Measured twice in a rollout step: on fixed sequences after every push (other weights, scrambled weights), and on a few of the
-responses themselves (another sampler than the trainer believes). `weight_sync.WeightSync.gap` takes the measurements.
+Measured twice in a rollout step: on fixed sequences after every push, at every server (other weights, scrambled weights), and
+on a few of the responses themselves (another sampler than the trainer believes). `weight_sync.WeightSync` takes the
+measurements.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -28,6 +30,18 @@ class Gap(NamedTuple):
     mean: float
     k3: float
 
+    @staticmethod
+    def between(trainer: torch.Tensor, server: torch.Tensor) -> "Gap":
+        """Of log-probabilities `(N,)` of the same tokens, N >= 1, on the CPU."""
+        difference = trainer - server
+        k3 = difference.exp() - 1 - difference
+        return Gap(float(difference.abs().max()), float(difference.abs().mean()), float(k3.mean()))
+
+
+def widest(gaps: Iterable[Gap]) -> Gap:
+    """The largest of each figure; what is not a number counts as largest."""
+    return Gap(*(max(values, key=lambda value: (math.isnan(value), value)) for values in zip(*gaps, strict=True)))
+
 
 def make_probe(
     prompts: list[list[int]], sampling: Sampling, pool: RolloutPool | None, accelerator: Accelerator
@@ -47,40 +61,48 @@ def make_probe(
     ]
 
 
-def check_push(gap: Gap, version: str, limit: float) -> dict[str, float]:
-    """Metrics of the gap on the probe after a push.
+def differing(gaps: dict[str, Gap], version: str, limit: float) -> dict[str, str]:
+    """Servers that compute with other weights than the trainer after a push of `version`, and what to say of each.
 
-    Raises:
-        ServerError: if its mean is beyond `limit` (`sync_logprob_gap_limit`).
+    Args:
+        gaps: on the probe, by server.
+        limit: `sync_logprob_gap_limit`, of the mean.
     """
-    if not gap.mean <= limit:
-        raise ServerError(
-            f"After the push of weight version {version} trainer and server disagree on the probe tokens: |difference| of "
-            f"log-probabilities {gap.mean:.3f} on average (max {gap.largest:.3f}) > sync_logprob_gap_limit={limit}. That is "
-            "beyond bfloat16 noise: the server computes with other weights than the trainer. Check that both run the pinned "
-            "versions and serve the same model."
-        )
-    return {"sync/logprob_gap_max": gap.largest, "sync/logprob_gap_mean": gap.mean}
+    return {
+        url: f"after the push of weight version {version} it disagrees with the trainer on the probe tokens: |difference| of "
+        f"log-probabilities {gap.mean:.3f} on average (max {gap.largest:.3f}) > sync_logprob_gap_limit={limit}. That is beyond "
+        "bfloat16 noise: it computes with other weights"
+        for url, gap in gaps.items()
+        if not gap.mean <= limit
+    }
 
 
-def check_rollouts(gap: Gap, responses: int, *, warning: float, limit: float, say: Callable[[str], None]) -> dict[str, float]:
+def check_rollouts(
+    gaps: dict[str, Gap], responses: int, *, warning: float, limit: float, say: Callable[[str], None]
+) -> dict[str, float]:
     """Metrics of the gap on responses of a rollout step: samples of a policy that is not the trainer's train it wrongly,
     however well the reward looks.
 
     Args:
+        gaps: by server, each on its share of the responses.
         responses: how many were compared.
         warning, limit: `gap_warning`, `gap_limit`.
         say: where a warning goes.
 
     Raises:
-        ServerError: if its mean is beyond `limit`.
+        ServerError: if the mean of a server is beyond `limit`.
     """
-    told = f"trainer and server differ by {gap.mean:.3f} in log-probability, on average over {responses} responses"
+
+    def told(beyond: float) -> str:
+        far = [f"{url} by {gap.mean:.3f}" for url, gap in gaps.items() if not gap.mean <= beyond]
+        return f"{' and '.join(far)} in log-probability, on average over its share of {responses} responses"
+
+    gap = widest(gaps.values())
     if not gap.mean <= limit:
         raise ServerError(
-            f"In this rollout step {told} > gap_limit={limit}: what was sampled is not this policy's. Check that both run the "
-            "pinned versions, and the sampling options of the server."
+            f"In this rollout step trainer and server differ: {told(limit)} > gap_limit={limit}. What was sampled is not this "
+            "policy's. Check that both run the pinned versions, and the sampling options of the server."
         )
     if gap.mean > warning:
-        say(f"warning: {told} > gap_warning={warning}")
+        say(f"warning: trainer and server differ: {told(warning)} > gap_warning={warning}")
     return {"rollout/logprob_gap_max": gap.largest, "rollout/logprob_gap_mean": gap.mean, "rollout/logprob_kl": gap.k3}

@@ -1,11 +1,12 @@
 """The policy as a stream of full tensors: gathered under ZeRO-3 one by one, adapters merged, names of the checkpoint."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class PolicyWeights:
     """The policy as a stream of full `(name, tensor)` pairs under the names of its checkpoint; LoRA adapters merged in.
 
     Iterating is a collective under ZeRO-3: every rank must run through the whole stream (`drain()` finishes an abandoned
-    pass). `metadata()` describes the same stream without moving anything.
+    pass). A tensor is valid until the next one is asked for: it may be the parameter itself, which is sharded again then.
+    `metadata()` describes the same stream without moving anything.
     """
 
     def __init__(self, model: torch.nn.Module, dtype: torch.dtype):
@@ -42,11 +44,17 @@ class PolicyWeights:
             pass
 
     def _stream(self) -> Iterator[tuple[str, torch.Tensor]]:
-        adapted = isinstance(self._model, PeftModel)
-        with self._merged_adapter():
-            for name, parameter in self._named():
-                with nullcontext() if adapted else _gathered([parameter]):  # merged weights are gathered already
+        adapted = _adapted_modules(self._model)
+        merged: dict[int, torch.Tensor] = {}  # of one adapted module
+        for name, parameter in self._named():
+            module = adapted.get(id(parameter))
+            if module is None:
+                with _gathered([parameter]):
                     yield name, parameter.detach().to(self.dtype).contiguous()
+                continue
+            if id(parameter) not in merged:
+                merged = _merged(module, self.dtype)
+            yield name, merged.pop(id(parameter))
 
     def _named(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
         if not isinstance(self._model, PeftModel):
@@ -57,18 +65,30 @@ class PolicyWeights:
             if self._model.prefix not in name and "original_module" not in name:
                 yield name.replace("modules_to_save.default.", ""), parameter
 
-    @contextmanager
-    def _merged_adapter(self):
-        """LoRA only: fold the adapter into the base weights for the length of the stream (needs them all gathered)."""
-        if not isinstance(self._model, PeftModel):
-            yield
-            return
-        with _gathered(list(self._model.parameters())):
-            self._model.merge_adapter()
-            try:
-                yield
-            finally:
-                self._model.unmerge_adapter()
+
+def _adapted_modules(model: torch.nn.Module) -> dict[int, BaseTunerLayer]:
+    """The adapted module that a base parameter, by its id, belongs to."""
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    return {id(parameter): layer for layer in layers for parameter in layer.get_base_layer().parameters()}
+
+
+@torch.no_grad()
+def _merged(layer: BaseTunerLayer, dtype: torch.dtype) -> dict[int, torch.Tensor]:
+    """Copies of the base parameters of one adapted module with its adapter merged in, by their ids.
+
+    The base itself ends bit by bit as it was: subtracting what was added would leave a rounding error of every push in it, and
+    in bfloat16 those add up. Under ZeRO-3 one rank's gathered parameters are its partition, so that holds there too.
+    """
+    base = list(layer.get_base_layer().parameters())
+    with _gathered(list(layer.parameters())):
+        kept = [parameter.detach().clone() for parameter in base]
+        layer.merge()
+        try:
+            return {id(parameter): parameter.detach().to(dtype, copy=True).contiguous() for parameter in base}
+        finally:
+            layer.unmerge()
+            for parameter, before in zip(base, kept, strict=True):
+                parameter.copy_(before)
 
 
 def _gathered(parameters: list[torch.nn.Parameter]):

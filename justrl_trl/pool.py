@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from justrl_trl.rollout import RequestRefused, RolloutClient, Unreachable
+from justrl_trl.rollout import RolloutClient, Unreachable
 from justrl_trl.server import ManagedServer, ServerError
 
 LIVE, STALE, DOWN = "live", "stale", "down"
@@ -39,6 +39,8 @@ class Member:
         in_flight: prompts that it works on.
         busy_seconds: time with at least one prompt in flight.
         prompts, failures: answered, and lost.
+        excluded: the weight version with which it was found to compute wrongly; out for as long as it reports that.
+        restart: its process is to be started anew.
     """
 
     client: RolloutClient
@@ -49,6 +51,8 @@ class Member:
     busy_seconds: float = 0.0
     prompts: int = 0
     failures: int = 0
+    excluded: str | None = None
+    restart: bool = False
     _busy_since: float = field(default=0.0, repr=False)
 
     @property
@@ -106,18 +110,9 @@ class RolloutPool:
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
-    def prompt_logprobs(self, ids: list[int]) -> list[float]:
-        """Of a live server, see `RolloutClient.prompt_logprobs`; the next one is asked if it fails."""
-        while True:
-            member = next((m for m in self.members if m.state == LIVE), None)
-            if member is None:
-                raise AllServersDown(f"No live server to score tokens. {self.describe()}")
-            try:
-                return member.client.prompt_logprobs(ids, self._heartbeat_timeout)  # no response of thousands of tokens
-            except RequestRefused:
-                raise
-            except ServerError as error:
-                self.lose(member, error)
+    def prompt_logprobs(self, member: Member, ids: list[int]) -> list[float]:
+        """`RolloutClient.prompt_logprobs`, with the deadline of a health check: it is no response of thousands of tokens."""
+        return member.client.prompt_logprobs(ids, self._heartbeat_timeout)
 
     def expected_length(self, prompt: list[int]) -> float:
         """Response tokens this prompt brought last time; unknown ones count as longest, so that none of them is met late."""
@@ -148,6 +143,16 @@ class RolloutPool:
         if member.state != DOWN:
             member.state, member.failures = DOWN, member.failures + 1
             self._say_out(member, why)
+
+    def exclude(self, member: Member, why: str) -> None:
+        """A server that answers, and wrongly: a managed one is started anew, another one stays out until somebody does that,
+        which shows in its weight version."""
+        self.lose(member, why)
+        if member.server is not None:
+            member.restart = True  # by the thread that watches it, which alone starts and restarts it
+        else:
+            member.excluded = self.version
+            self.say(f"rollout server {member.url} stays out until it is restarted")
 
     def _say_out(self, member: Member, why: Exception | str) -> None:
         member.why = str(why)
@@ -200,6 +205,9 @@ class RolloutPool:
 
     def _probe_forever(self, member: Member) -> None:
         while not self._closed.wait(self._heartbeat):
+            if member.restart:
+                member.server.stop()
+                member.restart = False
             if member.server is not None and member.server.ended and not self._closed.is_set():
                 self.lose(member, f"its process ended. The end of {member.server.spec.log_path}:\n{member.server.log_tail(5)}")
                 member.server.restart()
@@ -210,6 +218,7 @@ class RolloutPool:
                 if member.state == DOWN:
                     for check in self._checks:
                         check(member.client)
+                    member.client.resume()  # it may have been lost in a push, paused
             except ServerError as caught:
                 version, error = None, caught
             except Exception as caught:  # a probe that ended would leave its server unwatched for good
@@ -220,7 +229,10 @@ class RolloutPool:
                 if member.state == DOWN and not isinstance(error, Unreachable) and member.why != str(error):
                     self._say_out(member, error)  # up again, but not what this run needs
                 self.lose(member, error)
+            elif member.state == DOWN and version == member.excluded:
+                continue
             elif member.state == DOWN:
+                member.excluded = None
                 member.state = LIVE if version == self.version else STALE
                 fit = "with current weights" if member.state == LIVE else f"with weights {version!r}: it waits for a push"
                 self.say(f"rollout server {member.url} is back {fit}")

@@ -7,6 +7,7 @@ is what is trained on, with no second tokenisation in between.
 
 import contextlib
 import os
+import time
 from dataclasses import dataclass
 
 import requests
@@ -38,6 +39,7 @@ class Sampling:
     seed: int
 
 
+_RESET_ATTEMPTS, _RESET_PAUSE_SECONDS = 20, 0.25
 _ANSWER_SECONDS = 60.0  # what is known at once need not have the deadline of a whole response
 
 
@@ -96,6 +98,9 @@ class RolloutClient:
         with self.understanding("/v1/completions"):
             choices = self._call("POST", "/v1/completions", body)["choices"]
             responses = [choice.get("token_ids") for choice in sorted(choices, key=lambda choice: choice["index"])]
+            aborted = any(choice.get("finish_reason") == "abort" for choice in choices)
+        if aborted:
+            raise ServerError(f"The server at {self.url} aborted a response: weights were pushed to it meanwhile.")
         if len(responses) != sampling.n or not all(responses):
             raise ServerError(
                 f"The server at {self.url} answered {len(responses)} responses, some of them perhaps empty, where {sampling.n} "
@@ -147,6 +152,19 @@ class RolloutClient:
 
     # -- telling ------------------------------------------------------------------------------------------------------
 
+    def pause(self) -> None:
+        """Abort what is decoded for requests that were given up, decode nothing new, and forget every KV block."""
+        self._call("POST", "/pause?mode=abort", seconds=_ANSWER_SECONDS)
+
+    def resume(self) -> None:
+        """Decode again; a server that is not paused does not mind."""
+        self._call("POST", "/resume", seconds=_ANSWER_SECONDS)
+
+    def paused(self) -> bool:
+        """Whether the server decodes nothing: a push is under way, or its trainer has died in one."""
+        with self.understanding("/is_paused"):
+            return bool(self._call("GET", "/is_paused", seconds=_ANSWER_SECONDS)["is_paused"])
+
     def init_weight_transfer_engine(self, init_info: dict) -> None:
         """Let the workers join the trainer's group; returns when they have."""
         self._call("POST", "/init_weight_transfer_engine", {"init_info": init_info})
@@ -166,9 +184,24 @@ class RolloutClient:
         self._call("POST", "/update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """Let the workers use what they received, stamp it, and forget every KV block of the old weights."""
+        """Let the workers use what they received, and stamp it; the server is paused and forgets every KV block first.
+
+        Raises:
+            ServerError: also if KV blocks of the old weights are still in use: responses would mix two policies.
+        """
+        self._forget_prefixes()
         self._call("POST", "/finish_weight_update", {"weight_version": weight_version})
-        self._call("POST", "/reset_prefix_cache")
+
+    def _forget_prefixes(self) -> None:
+        for _ in range(_RESET_ATTEMPTS):
+            with self.understanding("/reset_prefix_cache"):
+                if self._call("POST", "/reset_prefix_cache", seconds=_ANSWER_SECONDS)["success"]:
+                    return
+            time.sleep(_RESET_PAUSE_SECONDS)  # requests that were just aborted may hold theirs a moment longer
+        raise ServerError(
+            f"{self.url}/reset_prefix_cache does not succeed: some request still holds KV blocks of the old weights although "
+            "the server is paused. See its log."
+        )
 
     def abort_weight_update(self) -> None:
         """Close an update that a broken push or a dead trainer left open: vLLM does so when a worker refuses one."""

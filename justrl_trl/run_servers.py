@@ -121,7 +121,7 @@ def check_server(client: RolloutClient, model: str, training: JustRLConfig) -> N
     if not config.get("weight_transfer_config"):
         raise ServerError(
             f"The server at {url} was started without weight transfer. Add --weight-transfer-config "
-            '\'{"backend": "justrl_gloo"}\' (or nccl on a GPU of its own).'
+            '\'{"backend": "justrl_gloo"}\' (or justrl_nccl on a GPU of its own).'
         )
 
 

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import requests
 
-from justrl_trl.gloo_group import address_family
+from justrl_trl.broadcast_group import address_family
 from justrl_trl.server_auth import KEY_VARIABLE
-from justrl_trl.vllm_plugin import BACKEND as GLOO_BACKEND
-from justrl_trl.vllm_plugin import MANAGED_VARIABLE
+from justrl_trl.vllm_plugin import GLOO_BACKEND, MANAGED_VARIABLE, NCCL_BACKEND
 
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _DIRECT = requests.Session()
@@ -47,7 +46,7 @@ class ServerSpec:
         gpu_memory_utilization: share of the GPU's memory for the server, 0-1.
         gpu: CUDA device index, or None for a CPU server.
         core: CPU core that a CPU server keeps to, with all its processes.
-        weight_backend: `justrl_gloo` or `nccl`.
+        weight_backend: `justrl_gloo` or `justrl_nccl`.
         seed: engine seed; requests carry their own seeds on top.
         log_path: file that takes the server's output.
     """
@@ -230,7 +229,7 @@ def _visible_device(gpu: int) -> str:
 def pick_hardware(local_world_size: int, gpu_count: int, index: int = 0, count: int = 1) -> dict:
     """Which device managed server `index` of `count` takes beside `local_world_size` training ranks, and how weights get there.
 
-    Without a GPU: a core each, from the last one this process may use, gloo. With spare GPUs: one each, vLLM's NCCL engine.
+    Without a GPU: a core each, from the last one this process may use, gloo. With spare GPUs: one each, NCCL.
     With every GPU taken by a rank: one server shares the last one, gloo (NCCL refuses two processes of a group on one GPU).
 
     Raises:
@@ -240,7 +239,7 @@ def pick_hardware(local_world_size: int, gpu_count: int, index: int = 0, count: 
         cores = sorted(os.sched_getaffinity(0), reverse=True)
         return {"gpu": None, "core": cores[index % len(cores)], "weight_backend": GLOO_BACKEND}
     if gpu_count >= local_world_size + count:
-        return {"gpu": local_world_size + index, "core": 0, "weight_backend": "nccl"}
+        return {"gpu": local_world_size + index, "core": 0, "weight_backend": NCCL_BACKEND}
     if count > 1:
         raise ServerError(
             f"managed_servers={count} need a GPU each, but {gpu_count} GPUs and {local_world_size} training ranks leave "

@@ -26,7 +26,7 @@ from justrl_trl.callbacks import SyncAfterRolloutStep
 from justrl_trl.collectives import StoppedByRankZero, gather_ragged
 from justrl_trl.config import JustRLConfig
 from justrl_trl.dispatch import Rollouts
-from justrl_trl.gap import PROBE_PROMPTS, PROBE_TOKENS, check_push, check_rollouts, make_probe
+from justrl_trl.gap import PROBE_PROMPTS, PROBE_TOKENS, check_rollouts, make_probe
 from justrl_trl.generation import Generation, progress_bar
 from justrl_trl.metrics import STEP_SUMS, reduce_once, step_sums
 from justrl_trl.micro_batches import OptimizerStep, exchange, scored_sequences, share_out
@@ -239,12 +239,12 @@ class JustRLTrainer(GRPOTrainer):
         if self.weight_sync is None or not self.args.gap_responses:
             return
         sequences, logps = scored_sequences(steps, self.args.gap_responses)
-        gap = self.weight_sync.gap(sequences, logps)
-        if gap is None:
+        gaps = self.weight_sync.gap(sequences, logps)
+        if not gaps:
             return
         say = self.pool.say if self.accelerator.is_main_process else lambda line: None
         limits = {"warning": self.args.gap_warning, "limit": self.args.gap_limit}
-        self._note(check_rollouts(gap, len(sequences), **limits, say=say))
+        self._note(check_rollouts(gaps, len(sequences), **limits, say=say))
 
     # -- train --------------------------------------------------------------------------------------------------------
 
@@ -311,10 +311,10 @@ class JustRLTrainer(GRPOTrainer):
     # -- push ---------------------------------------------------------------------------------------------------------
 
     def push_weights(self) -> None:
-        """Send the policy to the server, read the version back, compare log-probabilities on fixed tokens.
+        """Send the policy to the servers, read the versions back, compare log-probabilities on fixed tokens with each.
 
         Raises:
-            ServerError: if the server does not end up with these weights.
+            ServerError: if no server ends up with these weights.
         """
         with self.clock.stage("sync"):
             if self.weight_sync is None:
@@ -335,8 +335,8 @@ class JustRLTrainer(GRPOTrainer):
                     raise
                 self._probe = self._probe or self._make_probe()
                 logps, _ = self._score(pack(self._probe, self.accelerator.device))
-                gap = self.weight_sync.gap(self._probe, logps)
-        self._note(check_push(gap, self.weight_sync.version, self.args.sync_logprob_gap_limit))
+                gap = self.weight_sync.prove(self._probe, logps, self.args.sync_logprob_gap_limit)
+        self._note({"sync/logprob_gap_max": gap.largest, "sync/logprob_gap_mean": gap.mean})
 
     def _make_probe(self) -> list[Sequence]:
         prompts = self._tokenize_prompts(self.train_dataset[:PROBE_PROMPTS]["prompt"])[0]

@@ -1,11 +1,10 @@
-"""What runs inside a vLLM worker: the gloo weight-transfer engine, which vLLM itself lacks.
+"""What runs inside a vLLM worker: weight-transfer engines that keep a server alive through a broken push.
 
-vLLM moves weights over NCCL or CUDA IPC only, so a server without a GPU (or one that shares its GPU with the trainer, where
-NCCL refuses to run) could never be updated. This engine receives the same checkpoint-format tensors over gloo. vLLM finds it
-through the entry point group `vllm.general_plugins`, in every process that it spawns.
-
-It stages first and touches the model last: a push that breaks half way leaves the served weights as they were. (vLLM's own
-engines put the parameters on the meta device when an update starts, so there a broken push takes the server with it.)
+vLLM's own engines move weights over NCCL or CUDA IPC only, without a deadline, and put the parameters on the meta device when
+an update starts: a push that breaks takes the server with it. These receive the same checkpoint-format tensors over gloo
+(`justrl_gloo`: any machine, also a GPU that the trainer uses too, where NCCL refuses to run) or NCCL (`justrl_nccl`: a GPU of
+its own), stage them in CPU memory and touch the model last. vLLM finds them through the entry point group
+`vllm.general_plugins`, in every process that it spawns.
 """
 
 import os
@@ -15,18 +14,21 @@ from dataclasses import dataclass
 
 import torch
 
-BACKEND = "justrl_gloo"
+GLOO_BACKEND, NCCL_BACKEND = "justrl_gloo", "justrl_nccl"
 MANAGED_VARIABLE = "JUSTRL_MANAGED_SERVER"  # set for the processes of a managed server
 
 
 def register() -> None:
-    """Entry point: make `--weight-transfer-config '{"backend": "justrl_gloo"}'` known; called in every vLLM process."""
+    """Entry point, called in every vLLM process: make both backends known to `--weight-transfer-config`."""
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    if BACKEND not in WeightTransferEngineFactory._registry:  # vLLM loads plugins more than once per process
-        WeightTransferEngineFactory.register_engine(BACKEND, "justrl_trl.vllm_gloo_engine", "GlooWeightTransferEngine")
-        if os.environ.get(MANAGED_VARIABLE):
-            threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    engines = {GLOO_BACKEND: "GlooWeightTransferEngine", NCCL_BACKEND: "NcclWeightTransferEngine"}
+    if engines.keys() <= WeightTransferEngineFactory._registry.keys():  # vLLM loads plugins more than once per process
+        return
+    for backend, engine in engines.items():
+        WeightTransferEngineFactory.register_engine(backend, "justrl_trl.vllm_engine", engine)
+    if os.environ.get(MANAGED_VARIABLE):
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 
 
 def _end_with_parent(parent: int) -> None:
@@ -39,7 +41,7 @@ def _end_with_parent(parent: int) -> None:
 
 
 @dataclass
-class GlooInitInfo:
+class GroupInfo:
     """How to join the trainer's broadcast group, and what each push will bring.
 
     Attributes:
@@ -61,13 +63,13 @@ class GlooInitInfo:
 
 
 @dataclass
-class GlooUpdateInfo:
+class PushInfo:
     """Announces one push."""
 
     generation: int
 
 
-def empty_tensors(info: GlooInitInfo) -> list[tuple[str, torch.Tensor]]:
+def empty_tensors(info: GroupInfo) -> list[tuple[str, torch.Tensor]]:
     """Uninitialised CPU tensors `(name, tensor)` for one push, in the order of the manifest."""
     return [
         (name, torch.empty(shape, dtype=getattr(torch, dtype)))
@@ -75,7 +77,7 @@ def empty_tensors(info: GlooInitInfo) -> list[tuple[str, torch.Tensor]]:
     ]
 
 
-def manifest_mismatch(info: GlooInitInfo, expected: dict[str, tuple[int, ...]]) -> str | None:
+def manifest_mismatch(info: GroupInfo, expected: dict[str, tuple[int, ...]]) -> str | None:
     """Why tensors of `info` do not fit a model whose checkpoint has the names and shapes `expected`; None if they do."""
     given = {name: tuple(shape) for name, shape in zip(info.names, info.shapes, strict=True)}
     for name in [*expected, *given]:

@@ -1,23 +1,25 @@
 """Trainer -> servers: push the policy, and prove that it arrived.
 
-After every rollout step the policy's weights travel from rank 0 to the rollout servers (`policy_weights`, `weight_senders`),
-stamped with a version. Then two checks: the version is read back, and the log-probabilities of fixed tokens are compared
-between trainer and server. Stale or scrambled weights show there at once; "watch the reward" is not a test.
+After every rollout step the policy's weights travel from rank 0 to the rollout servers (`policy_weights`, `weight_sender`),
+stamped with a version. Then two checks, of every server: the version is read back, and the log-probabilities of fixed tokens
+are compared between trainer and server. Stale or scrambled weights show there at once; "watch the reward" is not a test.
 """
+
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from justrl_trl.collectives import on_rank_zero, raise_together
-from justrl_trl.gap import Gap
+from justrl_trl.gap import Gap, differing, widest
 from justrl_trl.packing import Sequence
 from justrl_trl.policy_weights import PolicyWeights
-from justrl_trl.pool import LIVE, STALE, AllServersDown, RolloutPool
-from justrl_trl.rollout import RolloutClient, Unreachable
+from justrl_trl.pool import LIVE, STALE, AllServersDown, Member, RolloutPool
+from justrl_trl.rollout import RequestRefused, RolloutClient, Unreachable
 from justrl_trl.server import ServerError
-from justrl_trl.vllm_plugin import BACKEND as GLOO_BACKEND
-from justrl_trl.weight_senders import SENDERS, PushBroken
+from justrl_trl.vllm_plugin import GLOO_BACKEND, NCCL_BACKEND
+from justrl_trl.weight_sender import GROUPS, PushBroken, WeightSender
 
 _ATTEMPTS = 3  # of a push, and one for each server that may be lost in it
 
@@ -48,7 +50,8 @@ class WeightSync:
         self._weights = PolicyWeights(model, torch.bfloat16)
         self._weights.dtype, backend = on_rank_zero(lambda: _agreed(pool), accelerator)
         if accelerator.is_main_process:
-            self._sender = SENDERS[backend](pool, address, port, timeout_seconds)
+            self._sender = WeightSender(pool, GROUPS[backend], address, port, timeout_seconds)
+        self._turn = 0  # which server is asked first about responses
 
     def push(self, version: str) -> None:
         """Send the current policy to every server that can be reached, stamp it `version`, read the stamps back.
@@ -88,29 +91,80 @@ class WeightSync:
         raise_together(error, self._accelerator)
         return bool(broadcast_object_list([arrived])[0])
 
-    def gap(self, sequences: list[Sequence], logps: torch.Tensor) -> Gap | None:
-        """Compare trainer and server on the responses of some sequences.
+    def prove(self, probe: list[Sequence], logps: torch.Tensor, limit: float) -> Gap | None:
+        """Compare the trainer with every live server on the same sequences; one that differs gets no prompt any more.
 
         Args:
-            sequences: prompts with responses; only rank 0's are looked at.
+            probe: prompts with responses; only rank 0's are looked at.
             logps: `(N,)`, the trainer's log-probabilities of all their response tokens in order, temperature 1.
+            limit: mean |difference| beyond which a server differs (`sync_logprob_gap_limit`).
 
         Returns:
-            The same on every rank. None if there was nothing to compare: no sequences, or no live server.
-        """
-        return on_rank_zero(lambda: self._compare(sequences, logps), self._accelerator)
+            The widest of those that agree, the same on every rank. None if no live server was left to ask.
 
-    def _compare(self, sequences: list[Sequence], logps: torch.Tensor) -> Gap | None:
-        """Rank 0's part of `gap`."""
-        if not sequences:
-            return None
-        try:
-            served = [self._pool.prompt_logprobs(s.ids.tolist())[s.prompt_length - 1 :] for s in sequences]
-        except AllServersDown:
-            return None  # a server that dies here is no reason to end the run: the next push or generation waits for one
-        difference = logps.float().cpu() - torch.tensor([value for part in served for value in part])
-        k3 = difference.exp() - 1 - difference
-        return Gap(float(difference.abs().max()), float(difference.abs().mean()), float(k3.mean()))
+        Raises:
+            ServerError (rank 0) / StoppedByRankZero (others): if all of them differ.
+        """
+        trainer = logps.float().cpu()  # here: the other thread has a CUDA stream of its own, which waits for nothing
+        return on_rank_zero(lambda: self._prove(probe, trainer, limit), self._accelerator)
+
+    def _prove(self, probe: list[Sequence], logps: torch.Tensor, limit: float) -> Gap | None:
+        live = self._pool.live()
+        gaps = self._gaps({member: probe for member in live}, {member: logps for member in live})
+        wrong = differing(gaps, self.version, limit)
+        if wrong and len(wrong) == len(gaps):
+            each = " ".join(f"{url}: {why}." for url, why in wrong.items())
+            raise ServerError(
+                f"No server has the trainer's weights. {each} Check that both run the pinned versions and serve the same model."
+            )
+        for member in live:
+            if member.url in wrong:
+                self._pool.exclude(member, wrong[member.url])
+        agreeing = [gap for url, gap in gaps.items() if url not in wrong]
+        return widest(agreeing) if agreeing else None
+
+    def gap(self, sequences: list[Sequence], logps: torch.Tensor) -> dict[str, Gap]:
+        """Compare trainer and servers on some responses, each of which one server is asked about; they take turns.
+
+        Args:
+            sequences, logps: as in `prove`.
+
+        Returns:
+            By server, the same on every rank. Empty if there was nothing to compare: no sequences, or no live server.
+        """
+        trainer = logps.float().cpu()
+        return on_rank_zero(lambda: self._compare(sequences, trainer), self._accelerator)
+
+    def _compare(self, sequences: list[Sequence], logps: torch.Tensor) -> dict[str, Gap]:
+        live = self._pool.live()
+        if not live or not sequences:
+            return {}
+        parts = logps.split([s.response_length for s in sequences])
+        shares: dict[Member, list[Sequence]] = {}
+        theirs: dict[Member, list[torch.Tensor]] = {}
+        for place, (sequence, part) in enumerate(zip(sequences, parts, strict=True), start=self._turn):
+            member = live[place % len(live)]
+            shares.setdefault(member, []).append(sequence)
+            theirs.setdefault(member, []).append(part)
+        self._turn += len(sequences)
+        return self._gaps(shares, {member: torch.cat(rows) for member, rows in theirs.items()})
+
+    def _gaps(self, asked: dict[Member, list[Sequence]], logps: dict[Member, torch.Tensor]) -> dict[str, Gap]:
+        """By server, all asked at once. A server that fails is lost and left out: that is no reason to end the run."""
+
+        def ask(member: Member) -> Gap | None:
+            try:
+                served = [self._pool.prompt_logprobs(member, s.ids.tolist())[s.prompt_length - 1 :] for s in asked[member]]
+            except RequestRefused:
+                raise
+            except ServerError as error:
+                self._pool.lose(member, error)
+                return None
+            return Gap.between(logps[member], torch.tensor([value for part in served for value in part]))
+
+        with ThreadPoolExecutor(max_workers=max(1, len(asked))) as threads:
+            answers = zip(asked, threads.map(ask, asked), strict=True)
+            return {member.url: gap for member, gap in answers if gap is not None}
 
 
 def _agreed(pool: RolloutPool) -> tuple[torch.dtype, str]:
@@ -141,10 +195,11 @@ def _weights_wanted(client: RolloutClient) -> tuple[str, str]:
     with client.understanding("/server_info"):
         dtype = config["model_config"]["dtype"].removeprefix("torch.")
     backend = (config.get("weight_transfer_config") or {}).get("backend")
-    if backend not in SENDERS:
+    if backend not in GROUPS:
         raise ServerError(
-            f"The server at {client.url} has weight transfer backend {backend!r}; this trainer can feed {sorted(SENDERS)}. "
+            f"The server at {client.url} has weight transfer backend {backend!r}; this trainer can feed {sorted(GROUPS)}. "
             f'Start it with --weight-transfer-config \'{{"backend": "{GLOO_BACKEND}"}}\' (any machine) or '
-            '\'{"backend": "nccl"}\' (a GPU of its own).'
+            f'\'{{"backend": "{NCCL_BACKEND}"}}\' (a GPU of its own); justrl_trl must be installed there. vLLM\'s own "nccl" '
+            "is not used: it has no deadline, and a push that breaks leaves its server without a model."
         )
     return dtype, backend

@@ -23,7 +23,7 @@ from justrl_trl.run_arguments import parse
 from justrl_trl.run_servers import server_spec
 from justrl_trl.server import ManagedServer, ServerError, check_compiler
 from justrl_trl.server_auth import KEY_VARIABLE
-from justrl_trl.vllm_plugin import BACKEND as GLOO_BACKEND
+from justrl_trl.vllm_plugin import GLOO_BACKEND, NCCL_BACKEND
 
 
 @dataclass
@@ -98,7 +98,7 @@ def pick_devices(gpus: str, servers: int, available: int) -> list[dict]:
         chosen += range(int(first), int(last or first) + 1)
     if any(gpu >= available for gpu in chosen) or (servers or 1) > len(chosen):
         raise ServerError(f"--gpus {gpus} --servers {servers}: this node has {available} GPUs, and each server needs its own.")
-    return [{"gpu": gpu, "core": 0, "weight_backend": "nccl"} for gpu in chosen[: servers or len(chosen)]]
+    return [{"gpu": gpu, "core": 0, "weight_backend": NCCL_BACKEND} for gpu in chosen[: servers or len(chosen)]]
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import dataclasses
 import math
 
 import pytest
+import torch
 
-from justrl_trl.gap import Gap, check_push, check_rollouts, make_probe
+from justrl_trl.gap import Gap, check_rollouts, differing, make_probe, widest
 from justrl_trl.pool import RolloutPool
 from justrl_trl.rollout import RolloutClient
 from justrl_trl.server import ServerError
@@ -16,26 +17,38 @@ from .test_rollout import COMPLETIONS, MODELS, SAMPLING
 ONE_EACH = dataclasses.replace(SAMPLING, n=1, max_tokens=3)
 
 
-def test_a_push_that_arrived_is_logged():
-    assert check_push(Gap(0.2, 0.04, 0.001), "12", limit=0.1) == {
-        "sync/logprob_gap_max": 0.2,
-        "sync/logprob_gap_mean": 0.04,
-    }
+def test_a_gap_is_the_largest_the_mean_and_the_k3_of_the_differences():
+    gap = Gap.between(torch.tensor([-1.0, -2.5, -3.0]), torch.tensor([-1.0, -2.0, -3.2]))
+    assert gap.largest == pytest.approx(0.5) and gap.mean == pytest.approx(0.7 / 3)
+    assert gap.k3 == pytest.approx((math.exp(-0.5) - 1 + 0.5 + math.exp(0.2) - 1 - 0.2) / 3, rel=1e-5)
+
+
+def test_the_widest_of_several_is_that_of_each_figure():
+    assert widest([Gap(0.2, 0.04, 0.001), Gap(0.1, 0.05, 0.002)]) == Gap(0.2, 0.05, 0.002)
+    for order in (1, -1):
+        assert math.isnan(widest([Gap(math.nan, math.nan, math.nan), Gap(0.1, 0.05, 0.002)][::order]).mean)
+
+
+def test_a_push_that_arrived_everywhere_leaves_nothing_to_say():
+    assert differing({"http://a": Gap(0.2, 0.04, 0.001), "http://b": Gap(0.3, 0.1, 0.001)}, "12", limit=0.1) == {}
 
 
 @pytest.mark.parametrize("mean", [0.11, math.nan, math.inf])
-def test_a_push_that_did_not_arrive_stops_the_run_and_says_how_far_apart_they_are(mean):
-    with pytest.raises(ServerError, match=rf"version 12 .* {mean:.3f} on average .* sync_logprob_gap_limit=0\.1\."):
-        check_push(Gap(2.0, mean, 0.5), "12", limit=0.1)
+def test_where_a_push_did_not_arrive_it_says_how_far_apart_they_are(mean):
+    wrong = differing({"http://a": Gap(0.2, 0.04, 0.001), "http://b": Gap(2.0, mean, 0.5)}, "12", limit=0.1)
+    assert list(wrong) == ["http://b"]
+    assert "version 12 it disagrees" in wrong["http://b"] and f"{mean:.3f} on average" in wrong["http://b"]
+    assert "sync_logprob_gap_limit=0.1." in wrong["http://b"]
 
 
-def rollouts(mean: float) -> tuple[dict[str, float], list[str]]:
+def rollouts(*means: float) -> tuple[dict[str, float], list[str]]:
     said = []
-    return check_rollouts(Gap(3 * mean, mean, mean**2), 8, warning=0.05, limit=0.5, say=said.append), said
+    gaps = {f"http://{number}": Gap(3 * mean, mean, mean**2) for number, mean in enumerate(means)}
+    return check_rollouts(gaps, 8, warning=0.05, limit=0.5, say=said.append), said
 
 
-def test_noise_between_trainer_and_server_is_logged_and_nothing_is_said():
-    metrics, said = rollouts(0.05)
+def test_noise_between_trainer_and_servers_is_logged_and_nothing_is_said():
+    metrics, said = rollouts(0.04, 0.05)
     assert said == []
     assert metrics == {
         "rollout/logprob_gap_max": pytest.approx(0.15),
@@ -44,18 +57,19 @@ def test_noise_between_trainer_and_server_is_logged_and_nothing_is_said():
     }
 
 
-def test_a_gap_beyond_the_warning_is_told_and_the_run_goes_on():
-    metrics, said = rollouts(0.5)
+def test_a_gap_beyond_the_warning_is_told_with_its_server_and_the_run_goes_on():
+    metrics, said = rollouts(0.01, 0.5)
     assert metrics["rollout/logprob_gap_mean"] == 0.5
     assert said == [
-        "warning: trainer and server differ by 0.500 in log-probability, on average over 8 responses > gap_warning=0.05"
+        "warning: trainer and server differ: http://1 by 0.500 in log-probability, on average over its share of 8 responses > "
+        "gap_warning=0.05"
     ]
 
 
 @pytest.mark.parametrize("mean", [0.51, math.nan])
-def test_a_gap_beyond_the_limit_stops_the_run(mean):
-    with pytest.raises(ServerError, match=rf"differ by {mean:.3f} .* over 8 responses > gap_limit=0\.5"):
-        rollouts(mean)
+def test_a_gap_beyond_the_limit_stops_the_run_and_names_the_server(mean):
+    with pytest.raises(ServerError, match=rf"differ: http://1 by {mean:.3f} .* share of 8 responses > gap_limit=0\.5"):
+        rollouts(0.04, mean)
 
 
 @pytest.fixture

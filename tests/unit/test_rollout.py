@@ -34,7 +34,7 @@ def choices(prompt: list[int], n: int) -> list[dict]:
 def good(method: str, path: str, body: dict | None) -> tuple[int, object]:
     if path == "/v1/models":
         return 200, MODELS
-    return 200, {"choices": choices(body["prompt"], body["n"])}
+    return 200, {"choices": choices(body["prompt"], body["n"])} if path == COMPLETIONS else {}
 
 
 @pytest.fixture
@@ -121,6 +121,8 @@ def test_weight_calls_go_where_vllm_has_them(serve):
             "/get_world_size": {"world_size": 4},
             "/weight_info": {"weight_version": "12"},
             "/server_info?config_format=json": {"vllm_config": {"x": 1}},
+            "/reset_prefix_cache": {"success": True},
+            "/is_paused": {"is_paused": True},
         }.get(path, b"")  # the others answer with nothing
 
     server, client = serve(answer)
@@ -128,19 +130,58 @@ def test_weight_calls_go_where_vllm_has_them(serve):
     assert client.weight_version() == "12"
     assert client.vllm_config() == {"x": 1}
     client.init_weight_transfer_engine({"port": 5})
+    client.pause()
+    assert client.paused()
     client.start_weight_update()
     client.update_weights({"names": ["a"]})
     client.finish_weight_update("13")
+    client.resume()
     assert [(method, path, body) for method, path, body, _ in server.requests] == [
         ("GET", "/get_world_size", None),
         ("GET", "/weight_info", None),
         ("GET", "/server_info?config_format=json", None),
         ("POST", "/init_weight_transfer_engine", {"init_info": {"port": 5}}),
+        ("POST", "/pause?mode=abort", None),
+        ("GET", "/is_paused", None),
         ("POST", "/start_weight_update", {}),
         ("POST", "/update_weights", {"update_info": {"names": ["a"]}}),
+        ("POST", "/reset_prefix_cache", None),  # no KV block of the old weights survives; while paused, no new one is made
         ("POST", "/finish_weight_update", {"weight_version": "13"}),
-        ("POST", "/reset_prefix_cache", None),  # no KV block of the old weights survives
+        ("POST", "/resume", None),
     ]
+
+
+@pytest.mark.parametrize("succeeds_at", [3, None])
+def test_old_kv_blocks_that_are_still_in_use_are_waited_for_and_then_an_error(serve, monkeypatch, succeeds_at):
+    monkeypatch.setattr("justrl_trl.rollout._RESET_PAUSE_SECONDS", 0.01)
+    attempts = []
+
+    def answer(method, path, body):
+        if path == "/reset_prefix_cache":
+            attempts.append(path)
+            return 200, {"success": len(attempts) == succeeds_at}
+        return 200, {}
+
+    server, client = serve(answer)
+    if succeeds_at:
+        client.finish_weight_update("13")
+        assert len(attempts) == succeeds_at and server.bodies("/finish_weight_update") == [{"weight_version": "13"}]
+    else:
+        with pytest.raises(ServerError, match="still holds KV blocks of the old weights"):
+            client.finish_weight_update("13")
+        assert server.bodies("/finish_weight_update") == []  # not stamped: nobody may take it for current
+
+
+def test_a_response_that_a_push_has_cut_off_is_no_response(serve):
+    def answer(method, path, body):
+        status, value = good(method, path, body)
+        for choice in value.get("choices", [])[1:2]:
+            choice["finish_reason"] = "abort"
+        return status, value
+
+    _, client = serve(answer)
+    with pytest.raises(ServerError, match="aborted a response: weights were pushed"):
+        client.sample([7, 8], SAMPLING, 100)
 
 
 def failing(status: int, value: object, where: str = COMPLETIONS):

@@ -19,7 +19,7 @@ pick_devices = SERVE["pick_devices"]
 def test_each_server_has_a_gpu_and_gets_its_weights_over_nccl(gpus, servers, expected):
     devices = pick_devices(gpus, servers, available=4)
     assert [device["gpu"] for device in devices] == expected
-    assert {device["weight_backend"] for device in devices} == {"nccl"}
+    assert {device["weight_backend"] for device in devices} == {"justrl_nccl"}
 
 
 @pytest.mark.parametrize(("gpus", "servers"), [("all", 5), ("0-4", 0), ("7", 1), ("1-2", 3)])

@@ -74,8 +74,8 @@ def test_a_cpu_server_has_a_fixed_cache_and_no_chunked_prefill(tmp_path):
 
 
 def test_a_gpu_server_takes_its_share_of_memory(tmp_path):
-    got = options(spec(tmp_path, gpu=0, weight_backend="nccl").command(1))
-    assert got["--gpu-memory-utilization"] == "0.85" and got["--weight-transfer-config"] == '{"backend": "nccl"}'
+    got = options(spec(tmp_path, gpu=0, weight_backend="justrl_nccl").command(1))
+    assert got["--gpu-memory-utilization"] == "0.85" and got["--weight-transfer-config"] == '{"backend": "justrl_nccl"}'
     assert not {"--enforce-eager", "--kv-cache-memory-bytes", "--no-enable-chunked-prefill"} & got.keys()
 
 
@@ -133,8 +133,8 @@ def test_a_gpu_server_sees_its_own_device_only(tmp_path, monkeypatch, visible, g
     ("ranks", "gpus", "gpu", "backend"),
     [
         (2, 0, None, "justrl_gloo"),  # no GPU
-        (7, 8, 7, "nccl"),  # the spare one
-        (1, 8, 1, "nccl"),
+        (7, 8, 7, "justrl_nccl"),  # the spare one
+        (1, 8, 1, "justrl_nccl"),
         (8, 8, 7, "justrl_gloo"),  # the last one is shared, where NCCL refuses two processes
         (1, 1, 0, "justrl_gloo"),
     ],

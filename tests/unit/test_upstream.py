@@ -103,34 +103,36 @@ VLLM = """
 import json
 from signatures import plain
 from vllm.distributed.weight_transfer import base, factory
-from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_processing
-from justrl_trl.vllm_gloo_engine import GlooWeightTransferEngine
-from justrl_trl.vllm_plugin import BACKEND, register
+from justrl_trl.vllm_engine import GlooWeightTransferEngine, NcclWeightTransferEngine
+from justrl_trl.vllm_plugin import GLOO_BACKEND, NCCL_BACKEND, register
 
 register(), register()  # vLLM calls it more than once per process
 engine = base.WeightTransferEngine
 seen = {
     "abstract": sorted(engine.__abstractmethods__),
-    "ours lacks": sorted(GlooWeightTransferEngine.__abstractmethods__),
-    "registered": BACKEND in factory.WeightTransferEngineFactory._registry,
-    "ours": factory.WeightTransferEngineFactory._registry[BACKEND]() is GlooWeightTransferEngine,
+    "ours lacks": sorted(GlooWeightTransferEngine.__abstractmethods__ | NcclWeightTransferEngine.__abstractmethods__),
+    "registered": {GLOO_BACKEND, NCCL_BACKEND} <= factory.WeightTransferEngineFactory._registry.keys(),
+    "ours": factory.WeightTransferEngineFactory._registry[GLOO_BACKEND]() is GlooWeightTransferEngine
+    and factory.WeightTransferEngineFactory._registry[NCCL_BACKEND]() is NcclWeightTransferEngine,
 }
 for function in (
     *(getattr(engine, name) for name in (*seen["abstract"], "__init__", "update_weights", "parse_update_info")),
     factory.WeightTransferEngineFactory.register_engine,
-    factory.WeightTransferTrainerFactory.trainer_init,
     initialize_layerwise_reload,
     finalize_layerwise_reload,
     finalize_layerwise_processing,
     dispatch_cpu_unquantized_gemm,
-    NCCLTrainerInitInfo,
+    PyNcclCommunicator.from_unique_id_bytes,
+    PyNcclCommunicator.broadcast,
+    PyNcclCommunicator.destroy,
+    NCCLLibrary.ncclGetUniqueId,
 ):
     seen[function.__qualname__] = plain(function)
-client = base.VLLMWeightSyncClient
-seen["client"] = {name: plain(getattr(client, name)) for name in dir(client) if not name.startswith("_")}
 print(json.dumps(seen))
 """
 
@@ -173,27 +175,19 @@ def test_vllm_has_the_weight_transfer_engine_that_ours_completes(vllm):
         "WeightTransferEngine.finish_weight_update": "(self)",
         "WeightTransferEngine.shutdown": "(self)",
         "WeightTransferEngineFactory.register_engine": "(name, module_path_or_cls, class_name=None)",
-        "WeightTransferTrainerFactory.trainer_init": "(init_info, *, client, source=None)",
         "initialize_layerwise_reload": "(model)",
         "finalize_layerwise_reload": "(*args, **kwargs)",
         "finalize_layerwise_processing": "(model, model_config)",  # where it passes them on to
         "dispatch_cpu_unquantized_gemm": "(layer, remove_weight)",
-        "NCCLTrainerInitInfo": "(master_address, master_port, world_size, packed=True, "
-        "packed_buffer_size_bytes=1073741824, packed_num_buffers=2, *, rank)",
+        "PyNcclCommunicator.from_unique_id_bytes": "(unique_id_bytes, rank, world_size, device, library_path=None)",
+        "PyNcclCommunicator.broadcast": "(self, tensor, src, stream=None)",
+        "PyNcclCommunicator.destroy": "(self)",
+        "NCCLLibrary.ncclGetUniqueId": "(self)",
     }.items(),
     ids=lambda value: value if not value.startswith("(") else "",
 )
 def test_a_function_of_vllm_has_its_known_signature(vllm, name, signature):
     assert vllm[name] == signature
-
-
-def test_vllm_asks_of_its_client_the_four_calls_that_ours_answers(vllm):
-    assert vllm["client"] == {
-        "init_weight_transfer_engine": "(self, init_info)",
-        "start_weight_update": "(self)",
-        "update_weights": "(self, update_info)",
-        "finish_weight_update": "(self, weight_version=None)",
-    }
 
 
 def pins() -> dict[str, str]:

@@ -122,7 +122,7 @@ def test_a_broadcast_that_nobody_sends_ends_at_the_deadline():
     root = GlooGroup(HOST, 0, 0, 2, timeout_seconds=1)
     tensor = torch.zeros(4)
     member = Member(root.port, 1, 2, [])
-    member.group._timeout = root._timeout
+    member.group.timeout = root.timeout
     root.join()
     member.finish()
     started = time.monotonic()

@@ -1,28 +1,40 @@
-"""The engine class of `vllm_plugin`, apart because it may only be imported where vLLM already is."""
+"""The engine classes of `vllm_plugin`, apart because they may only be imported where vLLM already is."""
+
+import logging
+import os
 
 import torch
 from transformers import AutoModelForCausalLM
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
+from justrl_trl.broadcast_group import BroadcastGroup
 from justrl_trl.gloo_group import GlooGroup
-from justrl_trl.vllm_plugin import GlooInitInfo, GlooUpdateInfo, empty_tensors, manifest_mismatch
+from justrl_trl.nccl_group import NcclGroup
+from justrl_trl.vllm_plugin import GroupInfo, PushInfo, empty_tensors, manifest_mismatch
+
+_log = logging.getLogger("vllm.justrl_trl")
 
 
-class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo]):
-    """Receives checkpoint-format weights from the trainer over gloo; loads them only when the whole push has arrived."""
+class StagedWeightTransferEngine(WeightTransferEngine[GroupInfo, PushInfo]):
+    """Receives checkpoint-format weights from the trainer; loads them only when the whole push has arrived everywhere.
 
-    init_info_cls = GlooInitInfo
-    update_info_cls = GlooUpdateInfo
+    Attributes:
+        group_class: what carries the data.
+    """
+
+    init_info_cls = GroupInfo
+    update_info_cls = PushInfo
     supports_draft_weight_update = False
+    group_class: type[BroadcastGroup]
 
     def __init__(self, config, vllm_config, device, model):
         super().__init__(config, vllm_config, device, model)
-        self._group: GlooGroup | None = None
-        self._info: GlooInitInfo | None = None
+        self._group: BroadcastGroup | None = None
+        self._info: GroupInfo | None = None
         self._staged: list[tuple[str, torch.Tensor]] = []
 
-    def init_transfer_engine(self, init_info: GlooInitInfo) -> None:
+    def init_transfer_engine(self, init_info: GroupInfo) -> None:
         """Join the group of a (new) trainer; the worker's rank counts data- and tensor-parallel workers.
 
         Raises:
@@ -35,7 +47,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self.shutdown()
         parallel = self.parallel_config
         worker = parallel.data_parallel_index * parallel.world_size + parallel.rank
-        group = GlooGroup(
+        group = self.group_class(
             init_info.address,
             init_info.port,
             init_info.rank_offset + worker,
@@ -53,7 +65,7 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         """Receive one push. (The base class also synchronises an accelerator, which a CPU server does not have.)"""
         self.receive_weights(self.parse_update_info(update_info))
 
-    def receive_weights(self, update_info: GlooUpdateInfo) -> None:
+    def receive_weights(self, update_info: PushInfo) -> None:
         """Fill the staging tensors from the trainer's broadcasts."""
         current = None if self._group is None else self._info.generation
         if update_info.generation != current:
@@ -67,20 +79,37 @@ class GlooWeightTransferEngine(WeightTransferEngine[GlooInitInfo, GlooUpdateInfo
         self._staged = staged
 
     def finish_weight_update(self) -> None:
-        """Load the staged tensors as if from a checkpoint."""
+        """Load the staged tensors as if from a checkpoint. A worker that cannot has half a model, and ends with its server."""
         if not self._staged:
             raise RuntimeError("finish_weight_update without weights: nothing was received since start_weight_update.")
         staged, self._staged = self._staged, []
-        initialize_layerwise_reload(self.model)
-        self.model.load_weights((name, tensor.to(self.device)) for name, tensor in staged)
-        finalize_layerwise_reload(self.model, self.model_config)
-        if self.device.type == "cpu":
-            _repack_tied_head(self.model)
+        try:
+            initialize_layerwise_reload(self.model)
+            self.model.load_weights((name, tensor.to(self.device)) for name, tensor in staged)
+            finalize_layerwise_reload(self.model, self.model_config)
+            if self.device.type == "cpu":
+                _repack_tied_head(self.model)
+        except Exception:
+            _log.exception("pushed weights could not be loaded; this worker ends, because the model is neither old nor new")
+            logging.shutdown()
+            os._exit(1)
 
     def shutdown(self) -> None:
         if self._group is not None:
             self._group.close()
         self._group, self._staged = None, []
+
+
+class GlooWeightTransferEngine(StagedWeightTransferEngine):
+    """`justrl_gloo`."""
+
+    group_class = GlooGroup
+
+
+class NcclWeightTransferEngine(StagedWeightTransferEngine):
+    """`justrl_nccl`."""
+
+    group_class = NcclGroup
 
 
 def _checkpoint_shapes(hf_config) -> dict[str, tuple[int, ...]]:
