@@ -107,7 +107,7 @@ def check_server(client: RolloutClient, model: EvaluatedModel, dtype: str, versi
         Tokens of prompt and response that it takes.
 
     Raises:
-        ServerError: another model, precision or version of the weights.
+        ServerError: another model, precision or version of the weights; or it decodes nothing.
     """
     with client.understanding("/server_info"):
         served = client.vllm_config()["model_config"]
@@ -128,5 +128,10 @@ def check_server(client: RolloutClient, model: EvaluatedModel, dtype: str, versi
             f"The server at {client.url} holds weights of version {held!r}, and --weight_version is {version!r}: 'default' are "
             "those from disk, others a trainer has pushed. Start the server again, or give "
             f"--weight_version {held} to judge what it holds."
+        )
+    if client.paused():
+        raise ServerError(
+            f"The server at {client.url} is paused: a trainer is pushing weights to it, or died while it did. Wait for the "
+            "push to end, or start the server again."
         )
     return served["max_model_len"]

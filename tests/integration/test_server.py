@@ -1,5 +1,9 @@
 """A real vLLM CPU server: sampling, authentication, weight updates."""
 
+import math
+import threading
+import time
+
 import pytest
 import requests
 import torch
@@ -7,6 +11,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
 from justrl_trl.dispatch import generate
+from justrl_trl.gap import Gap
 from justrl_trl.packing import Sequence
 from justrl_trl.pool import RolloutPool
 from justrl_trl.rollout import RolloutClient, Sampling
@@ -24,6 +29,11 @@ def sampling(**changes) -> Sampling:
 
 def weight_sync(model: torch.nn.Module, pool: RolloutPool) -> WeightSync:
     return WeightSync(Accelerator(cpu=True), model, pool, address="127.0.0.1", port=0, timeout_seconds=60)
+
+
+def gap_of(sync: WeightSync, logps: torch.Tensor) -> Gap:
+    """The widest of all live servers on the probe, whatever it is."""
+    return sync.prove(PROBE, logps, limit=math.inf)
 
 
 def trainer_logps(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
@@ -59,6 +69,8 @@ def test_a_stop_token_ends_a_response_and_stays_in_it(servers):
         ("GET", "/metrics"),
         ("GET", "/openapi.json"),
         ("POST", "/pause"),
+        ("POST", "/resume"),
+        ("GET", "/is_paused"),
         ("POST", "/reset_prefix_cache"),
         ("POST", "/init_weight_transfer_engine"),
         ("POST", "/start_weight_update"),
@@ -90,9 +102,9 @@ def test_pushed_weights_are_the_served_weights(servers, base, tied_model, kind):
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.02)
         logps = trainer_logps(model, IDS)
-        _, stale, _ = sync.gap(PROBE, logps)
+        stale = gap_of(sync, logps).mean
         sync.push(f"{kind}-{version}")
-        largest, fresh, _ = sync.gap(PROBE, logps)
+        largest, fresh, _ = gap_of(sync, logps)
         assert pool.members[0].client.weight_version() == f"{kind}-{version}"
         # random text, on which bfloat16 was seen to be off by 0.03 on average and 0.12 for a token
         assert fresh < 0.05 and largest < 0.3, f"{kind} {version}: {fresh} {largest}"
@@ -105,7 +117,7 @@ def test_a_new_trainer_takes_the_server_over(servers, base):
         sync = weight_sync(model, servers["untied"])
         sync.push(version)
         assert servers["untied"].members[0].client.weight_version() == version
-    assert sync.gap(PROBE, trainer_logps(model, IDS))[1] < 0.05
+    assert gap_of(sync, trainer_logps(model, IDS)).mean < 0.05
 
 
 def test_weights_of_another_shape_are_refused_and_the_server_lives_on(servers, base, tied_model):
@@ -118,4 +130,52 @@ def test_weights_of_another_shape_are_refused_and_the_server_lives_on(servers, b
     with pytest.raises(ServerError, match=r"up_proj.weight is \(.*\) here and \(3, 5\) in the trainer"):
         weight_sync(other, pool).push("other")
     assert pool.members[0].client.weight_version() == "good"
-    assert sync.gap(PROBE, trainer_logps(good, IDS))[1] < 0.05
+    assert gap_of(sync, trainer_logps(good, IDS)).mean < 0.05
+
+
+def test_a_push_ends_what_is_still_decoded_and_the_server_decodes_again_after_it(servers, base):
+    """A request that was given up keeps its KV blocks of the old weights: it is aborted before they change."""
+    pool = servers["untied"]
+    client, ended = pool.members[0].client, []
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    sync = weight_sync(model, pool)
+    sync.push("before")
+
+    def abandoned() -> None:
+        try:
+            client.sample([5, 6, 7], sampling(n=8, max_tokens=400), seed=1)
+        except ServerError as error:
+            ended.append(str(error))
+
+    thread = threading.Thread(target=abandoned, daemon=True)
+    thread.start()
+    time.sleep(0.3)
+    assert thread.is_alive(), "the request must still be decoded when the push begins"
+    with torch.no_grad():
+        model.lm_head.weight.add_(torch.randn_like(model.lm_head.weight) * 0.1)
+    sync.push("after")
+    thread.join(10)
+    assert not thread.is_alive() and "aborted a response: weights were pushed" in ended[0]
+    assert not client.paused() and client.weight_version() == "after"
+    assert len(generate(pool, [[5, 6, 7]], sampling())) == 3
+    assert gap_of(sync, trainer_logps(model, IDS)).mean < 0.05
+
+
+def test_old_kv_blocks_do_not_survive_a_push(servers, base):
+    """The same prompt, whose prefix is cached, right before and right after: the second answer is the new policy's."""
+    pool = servers["untied"]
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    sync = weight_sync(model, pool)
+    sync.push("cached")
+    client = pool.members[0].client
+    for _ in range(2):
+        client.sample(IDS, sampling(n=1), seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    sync.push("fresh")
+    greedy = sampling(n=1, max_tokens=1, temperature=0.0)
+    with torch.no_grad():
+        expected = model(torch.tensor([IDS])).logits[0, -1]
+    token = client.sample(IDS, greedy, seed=1)[0][0]
+    assert expected.max() - expected[token] < 0.05  # bfloat16 may choose another one of two that are as likely

@@ -275,11 +275,11 @@ def serving():
     """`serving(model="m", ...)`: a client of a server that says it serves this."""
     servers = []
 
-    def start(version="default", **config):
+    def start(version="default", paused=False, **config):
         def answer(method, path, body):
             if path.startswith("/server_info"):
                 return 200, {"vllm_config": {"model_config": {"dtype": "torch.bfloat16", "max_model_len": 300, **config}}}
-            return 200, {"weight_version": version}
+            return 200, {"is_paused": paused} if path == "/is_paused" else {"weight_version": version}
 
         servers.append(FakeServer(answer))
         return RolloutClient(servers[-1].url, "k3y")
@@ -300,6 +300,10 @@ def test_a_server_of_something_else_is_refused(serving, model):
         check_server(serving(model=str(model)), judged, "float32", "default")
     with pytest.raises(ServerError, match="version '17', and --weight_version is 'default'.*--weight_version 17 to judge"):
         check_server(serving(model=str(model), version="17"), judged, "bfloat16", "default")
+    with pytest.raises(
+        ServerError, match="is paused: a trainer is pushing weights to it, or died while it did.*start the server"
+    ):
+        check_server(serving(model=str(model), paused=True), judged, "bfloat16", "default")
 
 
 def test_a_server_that_is_not_there_is_left_out_and_one_with_too_little_room_refused(serving, model, arguments):
@@ -397,6 +401,8 @@ class Oracle:
             return 200, {"vllm_config": {"model_config": config}}
         if path == "/v1/models":
             return 200, {"data": [{"id": "oracle"}]}
+        if path == "/is_paused":
+            return 200, {"is_paused": False}
         if path != "/v1/completions":
             return 200, {"weight_version": "default"}
         with self.lock:
