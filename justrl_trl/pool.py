@@ -110,10 +110,6 @@ class RolloutPool:
 
     # -- asking -------------------------------------------------------------------------------------------------------
 
-    def prompt_logprobs(self, member: Member, ids: list[int]) -> list[float]:
-        """`RolloutClient.prompt_logprobs`, with the deadline of a health check: it is no response of thousands of tokens."""
-        return member.client.prompt_logprobs(ids, self._heartbeat_timeout)
-
     def expected_length(self, prompt: list[int]) -> float:
         """Response tokens this prompt brought last time; unknown ones count as longest, so that none of them is met late."""
         return self._lengths.get(hash(tuple(prompt)), math.inf)

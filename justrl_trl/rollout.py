@@ -40,6 +40,7 @@ class Sampling:
 
 
 _RESET_ATTEMPTS, _RESET_PAUSE_SECONDS = 20, 0.25
+_SCORING_SECONDS = 180.0  # the first time vLLM compiles a kernel for it, for half a minute on a busy CPU
 _ANSWER_SECONDS = 60.0  # what is known at once need not have the deadline of a whole response
 
 
@@ -108,15 +109,11 @@ class RolloutClient:
             )
         return responses
 
-    def prompt_logprobs(self, ids: list[int], seconds: float | None = None) -> list[float]:
-        """Log-probability of each token but the first given those before it: `len(ids) - 1` floats, temperature 1.
-
-        Args:
-            seconds: deadline of the answer.
-        """
+    def prompt_logprobs(self, ids: list[int]) -> list[float]:
+        """Log-probability of each token but the first given those before it: `len(ids) - 1` floats, temperature 1."""
         body = {"model": self.model, "prompt": ids, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
         with self.understanding("/v1/completions"):
-            entries = self._call("POST", "/v1/completions", body, seconds)["choices"][0]["prompt_logprobs"][1:]
+            entries = self._call("POST", "/v1/completions", body, _SCORING_SECONDS)["choices"][0]["prompt_logprobs"][1:]
             return [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], entries, strict=True)]
 
     # -- knowing ------------------------------------------------------------------------------------------------------

@@ -25,6 +25,9 @@ def register() -> None:
     engines = {GLOO_BACKEND: "GlooWeightTransferEngine", NCCL_BACKEND: "NcclWeightTransferEngine"}
     if engines.keys() <= WeightTransferEngineFactory._registry.keys():  # vLLM loads plugins more than once per process
         return
+    if torch.cpu._is_amx_tile_supported():
+        # vLLM's attention on a CPU uses AMX tiles without asking Linux for them, and a process that has not asked is killed
+        torch.cpu._init_amx()
     for backend, engine in engines.items():
         WeightTransferEngineFactory.register_engine(backend, "justrl_trl.vllm_engine", engine)
     if os.environ.get(MANAGED_VARIABLE):

@@ -154,7 +154,7 @@ class WeightSync:
 
         def ask(member: Member) -> Gap | None:
             try:
-                served = [self._pool.prompt_logprobs(member, s.ids.tolist())[s.prompt_length - 1 :] for s in asked[member]]
+                served = [member.client.prompt_logprobs(s.ids.tolist())[s.prompt_length - 1 :] for s in asked[member]]
             except RequestRefused:
                 raise
             except ServerError as error:

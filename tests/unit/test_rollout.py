@@ -115,6 +115,15 @@ def test_prompt_logprobs_are_those_of_the_tokens_that_were_sent(serve):
     assert body["prompt"] == [3, 7, 9] and body["temperature"] == 1.0 and body["prompt_logprobs"] == 0
 
 
+def test_scoring_has_not_the_deadline_of_a_whole_response(serve, monkeypatch):
+    monkeypatch.setattr("justrl_trl.rollout._SCORING_SECONDS", 0.3)
+    _, client = serve(lambda method, path, body: (time.sleep(3 if path == COMPLETIONS else 0), good(method, path, body))[1])
+    started = time.monotonic()
+    with pytest.raises(ServerError, match="did not answer within 0 s"):
+        client.prompt_logprobs([3, 7])
+    assert time.monotonic() - started < 2, "the deadline of a response is an hour"
+
+
 def test_weight_calls_go_where_vllm_has_them(serve):
     def answer(method, path, body):
         return 200, {

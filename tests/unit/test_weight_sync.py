@@ -222,7 +222,7 @@ class FakeClient:
         self.events.append("abort")
         self._staged = []
 
-    def prompt_logprobs(self, ids: list[int], seconds: float) -> list[float]:
+    def prompt_logprobs(self, ids: list[int]) -> list[float]:
         self.scored.append(ids)
         return [-float(token) + self.off for token in ids[1:]]
 
@@ -431,7 +431,7 @@ def test_without_a_live_server_there_is_no_gap_and_no_error(accelerator):
 def test_a_server_that_dies_when_it_is_compared_is_lost_and_the_others_count(accelerator):
     made, clients = proved(accelerator, 0.01, 0.02)
 
-    def dies(ids, seconds):
+    def dies(ids):
         raise ServerError("connection refused")
 
     clients[1].prompt_logprobs = dies
