@@ -131,7 +131,7 @@ def describe_attention(name: str, half_precision: bool) -> str:
 
 def _why_not_varlen(half_precision: bool) -> str | None:
     if not torch.cuda.is_available():
-        return "this machine has no GPU, and the varlen kernel runs on nothing else"
+        return "this machine has no GPU, which the varlen kernel needs"
     major, minor = torch.cuda.get_device_capability()
     if major < 8:
         return f"the varlen kernel needs a GPU of compute capability 8.0, and this one has {major}.{minor}"

@@ -172,7 +172,16 @@ class JustRLConfig(Rules, GRPOConfig):
         metadata={"help": "Address of rank 0 that rollout workers reach for weights; one interface, never all of them."},
     )
     weight_sync_timeout: float = field(default=300.0, metadata={"help": "Seconds before a push that makes no progress fails."})
-    vllm_gpu_memory_utilization: float = field(default=0.85, metadata={"help": "Share of GPU memory of a managed server."})
+    vllm_gpu_memory_utilization: float = field(
+        default=0.85, metadata={"help": "Share of GPU memory of a managed server that has its GPU for itself."}
+    )
+    shared_gpu_memory_utilization: float | None = field(
+        default=None,
+        metadata={
+            "help": "The same for a managed server that shares its GPU with a training rank; default: what the rank leaves at "
+            "its peak, see the plan."
+        },
+    )
     server_dtype: str = field(default="bfloat16", metadata={"help": "Weights of a managed server: bfloat16 or float32."})
     server_max_num_seqs: int = field(default=256, metadata={"help": "Sequences that a managed server decodes at once."})
     server_kv_cache_mib: int = field(default=256, metadata={"help": "KV cache of a managed CPU server, MiB."})

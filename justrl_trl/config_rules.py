@@ -97,7 +97,9 @@ class Rules:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Use {known[0]!r} or {known[1]!r}.")
         fractions = {"validation_top_p": (0, 1), "validation_temperature": (-1e-9, math.inf)}
-        fractions |= {"overlong_penalty_factor": (-1e-9, math.inf)}
+        fractions |= {"overlong_penalty_factor": (-1e-9, math.inf), "vllm_gpu_memory_utilization": (0, 1)}
+        if self.shared_gpu_memory_utilization is not None:
+            fractions["shared_gpu_memory_utilization"] = (0, 1)
         for name, (above, most) in fractions.items():
             if not above < getattr(self, name) <= most:
                 raise ValueError(f"{name}={getattr(self, name)} makes no sense. Give a number from {max(above, 0)} to {most}.")

@@ -26,6 +26,7 @@ from justrl_trl.data import (
     split_heldout,
     to_training_dataset,
 )
+from justrl_trl.nodes import check_weight_address
 from justrl_trl.optimizer import NonFiniteGradientError
 from justrl_trl.run_arguments import RunArguments
 from justrl_trl.server import ServerError
@@ -41,14 +42,16 @@ class TrainingData:
     report: DataReport
 
 
-def check_machine(training: JustRLConfig, model: ModelConfig) -> None:
-    """What the run needs and this machine may lack: a login at the Hub.
+def check_machine(training: JustRLConfig) -> None:
+    """What rank 0 needs and its machine may lack: an address where servers come for weights, a login at the Hub.
 
     Raises:
         ValueError: which, and what to do.
     """
-    if training.push_to_hub and training.distributed_state.is_main_process:
-        check_hub_login(training)
+    if training.distributed_state.is_main_process:
+        check_weight_address(training)
+        if training.push_to_hub:
+            check_hub_login(training)
 
 
 def check_hub_login(training: JustRLConfig) -> None:

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from accelerate.state import PartialState
 
+from justrl_trl.checkpoint_disk import CheckpointDisk
 from justrl_trl.config import JustRLConfig
 from justrl_trl.evaluation import Task
+from justrl_trl.gpu_memory import Sharing
 from justrl_trl.run_folder import RunFolder
 
 
@@ -20,6 +22,8 @@ def plan_lines(
     heldout_size: int,
     validation: list[Task],
     zero_stage: int,
+    sharing: Sharing | None,
+    disk: CheckpointDisk,
 ) -> list[str]:
     """The plan of a run, before anything expensive starts."""
     responses, prompts = training.generation_batch_size, training.prompts_per_rollout_step
@@ -30,17 +34,19 @@ def plan_lines(
     server = ", ".join(training.rollout_servers or [managed])
     ranks = f"{training.world_size} rank{'s' if training.world_size > 1 else ''}"
     sharding = f"DeepSpeed ZeRO-{zero_stage}" if zero_stage else "no sharding"
-    save = f"every {training.save_rollout_steps} rollout steps" if training.save_rollout_steps else "at the end"
+    every = f"every {training.save_rollout_steps} rollout steps" if training.save_rollout_steps else "at the end"
+    saved = disk.describe(every)
     held_out = f"{heldout_size} problems x {training.heldout_generations} responses, before and after training"
     held = [f"{task.title} ({len(task.problems)} x {task.samples})" for task in validation]
-    every = f", every {training.validation_every} rollout steps, by {training.validation_grader}"
+    when = f", every {training.validation_every} rollout steps, by {training.validation_grader}"
     rows = [
         ("model", model),
         ("data", dataset),
         *(("", line) for line in data_lines),
         ("held out", held_out if heldout_size else "none"),
-        ("validation", ", ".join(held) + every if held else "none"),
+        ("validation", ", ".join(held) + when if held else "none"),
         ("rollouts", f"{server}, weights in {training.server_dtype}"),
+        *([("", sharing.describe())] if sharing else []),
         ("trainer", f"{ranks}, {sharding}, {'bfloat16 over float32' if training.bf16 else 'float32'}"),
         (
             "rollout step",
@@ -67,7 +73,8 @@ def plan_lines(
             f"AdamW, lr {training.learning_rate:g} constant after {training.warmup_rollout_steps} rollout steps of warm-up, "
             f"weight decay {training.weight_decay:g}",
         ),
-        ("checkpoints", save),
+        ("checkpoints", saved[0]),
+        *(("", line) for line in saved[1:]),
         ("results", f"{training.output_dir}/"),
     ]
     return ["plan", *(f"  {name:<13}{text}" for name, text in rows)]

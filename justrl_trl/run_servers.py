@@ -8,19 +8,75 @@ from pathlib import Path
 import torch
 
 from justrl_trl.config import JustRLConfig
+from justrl_trl.gpu_memory import ModelSize, Sharing, server_bytes, share_gpu, trainer_bytes
 from justrl_trl.pool import RolloutPool
 from justrl_trl.progress import Waiting
 from justrl_trl.rollout import RolloutClient, Unreachable
 from justrl_trl.server import ManagedServer, ServerError, ServerSpec, check_compiler, pick_hardware
+from justrl_trl.vllm_plugin import GLOO_BACKEND
 
 
-def start_servers(model: str, training: JustRLConfig, revision: str | None, log_path: Path) -> list[ManagedServer]:
-    """Start the managed servers of this machine; returns at once (see `ManagedServer.wait`)."""
-    check_compiler()
+def plan_sharing(training: JustRLConfig, size: ModelSize, *, shards: int, trained: int) -> Sharing | None:
+    """How a training rank and the managed server of this machine share a GPU; None if they do not.
+
+    Args:
+        size: of the model.
+        shards: ranks that share the optimizer states.
+        trained: parameters that are trained.
+
+    Raises:
+        ValueError: they do not fit; or `shared_gpu_memory_utilization` is given and nothing is shared.
+    """
+    gpu = None
+    if not training.rollout_servers:
+        hardware = _hardware(training)
+        gpu = hardware[0]["gpu"] if hardware[0]["weight_backend"] == GLOO_BACKEND else None
+    asked = training.shared_gpu_memory_utilization
+    if gpu is None:
+        if asked is not None:
+            raise ValueError(
+                f"shared_gpu_memory_utilization={asked} has no effect: no managed server of this run shares a GPU with a rank. "
+                "Leave it out; vllm_gpu_memory_utilization is for servers with a GPU of their own."
+            )
+        return None
+    return share_gpu(
+        gpu,
+        torch.cuda.get_device_properties(gpu).total_memory,
+        trainer_bytes(
+            size,
+            shards=shards,
+            tokens=training.max_tokens_per_micro_batch,
+            width=2 if training.bf16 or training.fp16 else 4,
+            checkpointing=training.gradient_checkpointing,
+            trained=trained,
+        ),
+        server_bytes(size, width=4 if training.server_dtype == "float32" else 2, context=training.vllm_max_model_length),
+        asked=asked,
+        most=training.vllm_gpu_memory_utilization,
+    )
+
+
+def _hardware(training: JustRLConfig) -> list[dict]:
+    """Where each managed server goes."""
     ranks, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), training.managed_servers
+    return [pick_hardware(ranks, torch.cuda.device_count(), index, count) for index in range(count)]
+
+
+def start_servers(
+    model: str, training: JustRLConfig, revision: str | None, log_path: Path, sharing: Sharing | None = None
+) -> list[ManagedServer]:
+    """Start the managed servers of this machine; returns at once (see `ManagedServer.wait`).
+
+    Args:
+        sharing: from `plan_sharing`.
+    """
+    check_compiler()
+    count = training.managed_servers
     if training.vllm_server_port and count > 1:
         raise ServerError(f"vllm_server_port={training.vllm_server_port} is one port, managed_servers={count}. Leave it at 0.")
-    hardware = [pick_hardware(ranks, torch.cuda.device_count(), index, count) for index in range(count)]
+    hardware = _hardware(training)
+    if sharing is not None:
+        hardware[0]["gpu_memory_utilization"] = sharing.server
     logs = [log_path.with_stem(f"{log_path.stem}_{index + 1}") if index else log_path for index in range(count)]
     specs = [server_spec(model, training, revision, log, **own) for log, own in zip(logs, hardware, strict=True)]
     return [ManagedServer(spec) for spec in specs]

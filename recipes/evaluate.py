@@ -21,6 +21,7 @@ from justrl_trl.evaluation_model import EvaluatedModel, find_model
 from justrl_trl.evaluation_results import write_results
 from justrl_trl.evaluation_servers import connect, server_places, start_servers
 from justrl_trl.evaluation_tasks import find_tasks
+from justrl_trl.gpu_driver import check_gpu_driver
 from justrl_trl.launch import one_paragraph_errors, quiet_libraries
 from justrl_trl.sample_store import SampleStore
 from justrl_trl.server import ServerError
@@ -30,6 +31,7 @@ from justrl_trl.verifier import Verifier
 def main() -> None:
     started = time.monotonic()
     quiet_libraries()
+    check_gpu_driver()
 
     # what to do
     args = parse()

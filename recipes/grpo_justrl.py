@@ -17,13 +17,17 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config
 
 from justrl_trl.attention import choose_attention, describe_attention
-from justrl_trl.collectives import leave_together
+from justrl_trl.checkpoint_disk import checkpoint_disk
+from justrl_trl.collectives import leave_together, on_rank_zero
+from justrl_trl.gpu_driver import check_gpu_driver
+from justrl_trl.gpu_memory import model_size
 from justrl_trl.launch import check_machine, load_data, one_paragraph_errors, quiet_libraries, resolve_model
+from justrl_trl.nodes import check_shared_folder
 from justrl_trl.progress import RolloutStepPrinter, plan_lines, say, table_lines
 from justrl_trl.reward_functions import reward_functions
 from justrl_trl.run_arguments import parse
 from justrl_trl.run_folder import RecordRun, RunFolder, write_summary
-from justrl_trl.run_servers import connect, start_servers
+from justrl_trl.run_servers import connect, plan_sharing, start_servers
 from justrl_trl.trainer import JustRLTrainer
 from justrl_trl.validation import Validate
 
@@ -31,16 +35,22 @@ from justrl_trl.validation import Validate
 def main() -> None:
     started = time.monotonic()
     quiet_libraries()
+    check_gpu_driver()
 
     # what to do
     run, training, model = parse(default_recipe=Path(__file__).with_name("tiny.yaml"))
-    check_machine(training, model)
+    check_machine(training)
     half_precision = training.bf16 or training.fp16
     attention = choose_attention(model.attn_implementation, half_precision)
     model_path = resolve_model(model, training)
     tokenizer = AutoTokenizer.from_pretrained(model_path, revision=model.model_revision, padding_side="left")
     data = load_data(run, training, tokenizer)
     zero_stage = training.deepspeed_plugin.zero_stage if training.deepspeed_plugin else 0
+    size = model_size(model_path, model.model_revision)
+    trained = size.parameters // 50 if model.use_peft else size.parameters  # adapters are a few per cent at most
+    shards = training.world_size if zero_stage == 3 else 1
+    sharing = plan_sharing(training, size, shards=shards, trained=trained)
+    disk = checkpoint_disk(training, size.parameters, trained)
     folder = RunFolder(training.output_dir)
     validation = Validate(training, tokenizer, folder) if training.validation_benchmarks else None
     if run.dry_run:
@@ -55,27 +65,34 @@ def main() -> None:
             heldout_size=len(data.heldout) if data.heldout else 0,
             validation=validation.tasks if validation else [],
             zero_stage=zero_stage,
+            sharing=sharing,
+            disk=disk,
         )
     )
+    disk.check()
     if run.dry_run:
         return
+    check_shared_folder(folder.path, training.distributed_state)
 
     # who does it: servers, then the trainer; both load at the same time
-    pool, servers = None, []
+    servers = []
     if training.distributed_state.is_main_process:
         moved = folder.prepare(resume=bool(training.resume_from_checkpoint))
         say([f"an earlier run was moved to {moved}"] if moved else [])
         folder.write_config(run, training, model)
         if not training.rollout_servers:
-            servers = start_servers(model_path, training, model.model_revision, folder.server_log)
+            servers = start_servers(model_path, training, model.model_revision, folder.server_log, sharing)
+    if sharing and training.process_index == sharing.gpu:  # managed servers are on the machine of rank 0
+        sharing.hold_trainer()
     training.model_init_kwargs = {
         "dtype": model.dtype,
         "revision": model.model_revision,
         "attn_implementation": attention,
         "use_safetensors": True,
     }
-    if training.distributed_state.is_main_process:
-        pool = connect(model_path, training, servers)
+    pools: list = []  # servers may take longer to start than ranks may wait for each other
+    on_rank_zero(lambda: pools.append(connect(model_path, training, servers)), training.distributed_state)
+    pool = pools[0] if pools else None
     recorder = RecordRun(folder, model.model_name_or_path, on_row=RolloutStepPrinter(training.num_rollout_steps))
     callbacks = [*([validation] if validation else []), recorder]  # the last picture has the last validation
     trainer = JustRLTrainer(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from justrl_trl.gpu_driver import check_gpu_driver
 from justrl_trl.launch import one_paragraph_errors, quiet_libraries, resolve_model
 from justrl_trl.progress import Waiting
 from justrl_trl.run_arguments import parse
@@ -39,6 +40,7 @@ class ServeArguments:
 
 def main() -> None:
     quiet_libraries()
+    check_gpu_driver()
     _, training, model, serve = parse(Path(__file__).with_name("tiny.yaml"), ServeArguments)
     if not os.environ.get(KEY_VARIABLE):
         raise ServerError(
