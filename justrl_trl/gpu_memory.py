@@ -1,9 +1,10 @@
 """Who gets how much of a GPU that a training rank and a rollout server share: arithmetic, before either of them starts.
 
 vLLM takes its share at its start and keeps it, and starts only where so much is free. So the share is what the trainer leaves
-at its peak, and the trainer is held to the rest: a server that dies next to it can come back.
+at its peak, less a reserve, and the trainer is held to the rest: a server that dies next to it can come back.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ _LIVE_PARAMETERS = 1e9  # DeepSpeed's stage3_max_live_parameters: gathered at a 
 _RUNTIME_BYTES = 3 * GIB  # an allowance for the CUDA context, NCCL's and cuBLAS' buffers, and fragments
 _SERVER_RUNTIME_BYTES = 4 * GIB  # an allowance for vLLM's CUDA graphs, activations of a prefill and sampling buffers
 _MARGIN = 0.03  # of the card, for what neither of the two counts
+_SPARE_FOR_SERVER = 0.6  # of what is left over, for its KV cache; the rest is the trainer's, whose needs are an estimate
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Sharing:
 def share_gpu(
     gpu: int, card: int, trainer: dict[str, int], server: dict[str, int], *, asked: float | None, most: float
 ) -> Sharing:
-    """What of a GPU its server gets: what the rank leaves, or what was asked for.
+    """What of a GPU its server gets: what it needs and most of what is left over, or what was asked for.
 
     Args:
         card: memory of the GPU, bytes.
@@ -141,14 +143,15 @@ def share_gpu(
     """
     needs, least = sum(trainer.values()), sum(server.values())
     left = (1 - _MARGIN) * card - needs
-    share = min(int(100 * left / card) / 100, most) if asked is None else asked
-    if share * card < least:
+    share = asked if asked is not None else min((least + _SPARE_FOR_SERVER * (left - least)) / card, most)
+    share = math.floor(100 * share) / 100
+    if min(share * card, left if asked is None else card) < least:
         raise ValueError(
             f"One GPU of {card / GIB:.0f} GiB does not hold a training rank and its rollout server. The rank needs about "
-            f"{needs / GIB:.0f} GiB ({_terms(trainer)}), which leaves {max(share, 0.0):.2f} of the GPU for the server; that "
-            f"needs {least / GIB:.0f} GiB ({_terms(server)}). Leave GPUs to the servers (--num_processes 4 --managed_servers 4 "
-            "on 8 GPUs), lower --max_tokens_per_micro_batch (not below one full sequence), use more ranks, or, if you know "
-            "better, set --shared_gpu_memory_utilization."
+            f"{needs / GIB:.0f} GiB ({_terms(trainer)}). The server needs {least / GIB:.0f} GiB ({_terms(server)}), and would "
+            f"get {max(share, 0.0):.2f} of the GPU. Leave GPUs to servers (--num_processes 4 --managed_servers 4 on 8 GPUs), "
+            "lower --max_tokens_per_micro_batch (not below one full sequence), use more ranks, or, if you know better, set "
+            "--shared_gpu_memory_utilization."
         )
     return Sharing(gpu, card, share, needs)
 

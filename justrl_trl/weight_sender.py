@@ -1,12 +1,12 @@
 """How weights get from rank 0 to all servers of the pool: over gloo (any machine) or NCCL (servers with GPUs of their own)."""
 
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 
+from justrl_trl.background import Background
 from justrl_trl.broadcast_group import BroadcastGroup
 from justrl_trl.gloo_group import GlooGroup
 from justrl_trl.nccl_group import NcclGroup
@@ -17,21 +17,6 @@ from justrl_trl.vllm_plugin import GLOO_BACKEND, NCCL_BACKEND, GroupInfo, PushIn
 
 GROUPS: dict[str, type[BroadcastGroup]] = {GLOO_BACKEND: GlooGroup, NCCL_BACKEND: NcclGroup}
 _PROBE_SECONDS = 5.0
-
-
-class _Background(threading.Thread):
-    """One call in a daemon thread: an HTTP call that returns only when the broadcast beside it has been joined."""
-
-    def __init__(self, call: Callable[[], None]):
-        super().__init__(daemon=True)
-        self._call, self.error, self.ended = call, None, 0.0
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._call()
-        except Exception as error:  # looked at by whoever joins
-            self.error, self.ended = error, time.monotonic()
 
 
 class PushBroken(ServerError):
@@ -87,7 +72,7 @@ class WeightSender:
         self._each(lambda member: member.client.pause())
         self._each(lambda member: member.client.start_weight_update())
         announce = asdict(PushInfo(self._generation))
-        receiving = [_Background(partial(member.client.update_weights, announce)) for member in self._members]
+        receiving = [Background(partial(member.client.update_weights, announce)) for member in self._members]
         broadcast_error = None
         try:
             self._broadcast(weights, receiving)
@@ -125,8 +110,8 @@ class WeightSender:
                 shapes=[list(w.shape) for w in self._manifest],
             )
             offset += workers[member.url]
-            joining.append(_Background(partial(member.client.init_weight_transfer_engine, asdict(info))))
-        join = _Background(self._group.join)
+            joining.append(Background(partial(member.client.init_weight_transfer_engine, asdict(info))))
+        join = Background(self._group.join)
         while join.is_alive() and not any(call.error for call in joining):  # a refusal need not cost the deadline
             join.join(0.05)
         self._finish(joining, "joining the group")
@@ -134,7 +119,7 @@ class WeightSender:
         if join.error is not None or join.is_alive():
             raise PushBroken(f"the weight group was not joined: {join.error or 'deadline passed'}")
 
-    def _broadcast(self, weights: PolicyWeights, receiving: list[_Background]) -> None:
+    def _broadcast(self, weights: PolicyWeights, receiving: list[Background]) -> None:
         def refused() -> bool:
             return any(call.error for call in receiving)
 
@@ -146,11 +131,11 @@ class WeightSender:
     def _each(self, call: Callable[[Member], object]) -> list[tuple[str, object]]:
         """`call(member)` for all members at once; `(url, result)` of each."""
         results: dict[str, object] = {}
-        calls = [_Background(lambda m=member: results.__setitem__(m.url, call(m))) for member in self._members]
+        calls = [Background(lambda m=member: results.__setitem__(m.url, call(m))) for member in self._members]
         self._finish(calls, "a weight update")
         return list(results.items())
 
-    def _finish(self, calls: list[_Background], during: str) -> None:
+    def _finish(self, calls: list[Background], during: str) -> None:
         """Wait for one call per member; if any failed, the push is broken."""
         for call in calls:
             call.join(2 * self._timeout)
@@ -165,10 +150,10 @@ class WeightSender:
                 self._pool.lose(member, why)
             raise PushBroken(f"{during}: {errors[0]}")
 
-    def _guilty(self, calls: list[_Background]) -> list[tuple[Member, object]]:
+    def _guilty(self, calls: list[Background]) -> list[tuple[Member, object]]:
         """Who broke it. One member's failure makes the others fail too, later, and those must not pay for it: so it is
         whoever does not answer a probe, or else whose error came first."""
-        probes = [_Background(partial(member.client.health, _PROBE_SECONDS)) for member in self._members]
+        probes = [Background(partial(member.client.health, _PROBE_SECONDS)) for member in self._members]
         for probe in probes:
             probe.join(3 * _PROBE_SECONDS)
         gone = [(m, p.error) for m, p in zip(self._members, probes, strict=True) if p.error is not None]

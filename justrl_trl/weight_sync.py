@@ -5,12 +5,13 @@ stamped with a version. Then two checks, of every server: the version is read ba
 are compared between trainer and server. Stale or scrambled weights show there at once; "watch the reward" is not a test.
 """
 
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from justrl_trl.background import Background
 from justrl_trl.collectives import on_rank_zero, raise_together
 from justrl_trl.gap import Gap, differing, widest
 from justrl_trl.packing import Sequence
@@ -162,9 +163,12 @@ class WeightSync:
                 return None
             return Gap.between(logps[member], torch.tensor([value for part in served for value in part]))
 
-        with ThreadPoolExecutor(max_workers=max(1, len(asked))) as threads:
-            answers = zip(asked, threads.map(ask, asked), strict=True)
-            return {member.url: gap for member, gap in answers if gap is not None}
+        calls = {member.url: Background(partial(ask, member)) for member in asked}
+        for call in calls.values():
+            call.join()  # each request of it has a deadline
+            if call.error is not None:
+                raise call.error
+        return {url: call.result for url, call in calls.items() if call.result is not None}
 
 
 def _agreed(pool: RolloutPool) -> tuple[torch.dtype, str]:

@@ -41,7 +41,7 @@ def test_terms_are_what_they_say():
 def test_server_and_trainer_fit_together_with_something_to_spare(shards):
     sharing = share_gpu(0, CARD, trainer(shards=shards), server(), asked=None, most=0.85)
     assert sharing.server * CARD >= sum(server().values())
-    assert sharing.trainer * CARD >= sum(trainer(shards=shards).values())
+    assert sharing.trainer * CARD >= 1.15 * sum(trainer(shards=shards).values())  # they are an estimate
     assert sharing.server + sharing.trainer < 1
 
 
@@ -53,7 +53,7 @@ def test_a_server_with_0_85_beside_eight_ranks_would_not_have_fitted():
 
 def test_a_small_model_leaves_the_server_no_more_than_it_would_have_alone():
     tiny = ModelSize(600_000, 2, 128, 256, 100, 2, 32)
-    assert share_gpu(0, CARD, trainer(tiny, 1, 4096), server(tiny, 112), asked=None, most=0.85).server == 0.85
+    assert share_gpu(0, CARD, trainer(tiny, 1, 4096), server(tiny, 112), asked=None, most=0.4).server == 0.4
 
 
 def test_what_cannot_fit_is_refused_with_the_figures_and_the_remedies():
@@ -62,12 +62,12 @@ def test_what_cannot_fit_is_refused_with_the_figures_and_the_remedies():
     message = str(raised.value)
     for part in ("One GPU of 79 GiB does not hold", "states 127", "--num_processes 4", "--max_tokens_per_micro_batch"):
         assert part in message
-    assert "leaves 0.00 of the GPU" in message
+    assert "would get 0.00 of the GPU" in message
 
 
 def test_who_knows_better_may_say_so_and_is_still_told_when_the_server_cannot_start():
     assert share_gpu(0, CARD, trainer(shards=1), server(), asked=0.3, most=0.85).server == 0.3
-    with pytest.raises(ValueError, match=r"leaves 0\.05 of the GPU for the server; that needs 8 GiB"):
+    with pytest.raises(ValueError, match=r"The server needs 8 GiB .*, and would get 0\.05 of the GPU"):
         share_gpu(0, CARD, trainer(shards=1), server(), asked=0.05, most=0.85)
 
 
