@@ -74,7 +74,6 @@ SIZES = {
         "max_tokens_per_micro_batch": 32768,
         "heldout_generations": 8,
         "server_max_num_seqs": 512,
-        "vllm_gpu_memory_utilization": 0.3,  # the server shares the GPU with the trainer
     },
     "cpu": {
         "generation_batch_size": 8,

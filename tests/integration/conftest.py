@@ -25,24 +25,34 @@ from justrl_trl.tiny import tiny_base
 ROOT = Path(__file__).parents[2]
 MARK = "JUSTRL_TEST_MARK"
 TWO_RANKS = ["--config_file", str(ROOT / "accelerate_configs" / "zero3_cpu_2proc.yaml")]
+ONE_GPU = ["--config_file", str(ROOT / "accelerate_configs" / "zero3_1gpu.yaml")]
+GPU = torch.cuda.is_available()
+RANKS = 1 if GPU else 2  # of the launch line: NCCL refuses two ranks on one GPU
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # for two ranks, on a GPU machine too
 
 pytestmark = pytest.mark.timeout(900)
 
 
 def pytest_collection_modifyitems(items):
-    """A GPU server has other flags; `tests/gpu` is for those."""
-    if torch.cuda.is_available():
-        for item in items:
-            if "integration" in str(item.path):
-                item.add_marker(pytest.mark.skip(reason="the CPU integration tests run where there is no GPU"))
+    """On one GPU these run too, with servers on it; but for those that are about cores or two ranks of a launch."""
+    for item in items:
+        if GPU and item.get_closest_marker("cpu_only"):
+            item.add_marker(pytest.mark.skip(reason=f"about a CPU: {item.get_closest_marker('cpu_only').args[0]}"))
+
+
+def _launcher(ranks: int) -> list[str]:
+    """Options of `accelerate launch`: on a GPU one ZeRO-3 rank, else two of them, or one plain process."""
+    if GPU:
+        return ONE_GPU
+    return TWO_RANKS if ranks == 2 else []
 
 
 class Launch:
     """The launch line in a process of its own: `accelerate launch [two ranks] recipes/grpo_justrl.py ...`."""
 
-    def __init__(self, log: Path, *options: str, ranks: int = 2):
+    def __init__(self, log: Path, *options: str, ranks: int = RANKS):
         self.mark, self.log, self._sessions = uuid.uuid4().hex, log, set()
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *(TWO_RANKS if ranks == 2 else [])]
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *_launcher(ranks)]
         command += [str(ROOT / "recipes" / "grpo_justrl.py"), *map(str, options)]
         with log.open("wb") as file:
             self.process = subprocess.Popen(
@@ -127,8 +137,8 @@ def start(model: Path, log: Path, core: int, dtype: str = "bfloat16") -> Managed
             port=0,
             max_num_seqs=64,
             kv_cache_bytes=64 << 20,
-            gpu_memory_utilization=0.5,
-            gpu=None,
+            gpu_memory_utilization=0.1,
+            gpu=0 if GPU else None,
             core=cores[core % len(cores)],
             weight_backend="justrl_gloo",
             seed=1,
@@ -167,7 +177,7 @@ def launch(tmp_path_factory) -> Callable[..., Launch]:
     """Start the launch line; whatever is left of it at the end of the session is killed."""
     logs, started = tmp_path_factory.mktemp("launch"), []
 
-    def run(*options: str, ranks: int = 2) -> Launch:
+    def run(*options: str, ranks: int = RANKS) -> Launch:
         started.append(Launch(logs / f"{len(started)}.log", *options, ranks=ranks))
         return started[-1]
 

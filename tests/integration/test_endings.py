@@ -9,7 +9,7 @@ import pytest
 
 from justrl_trl.run_folder import read_jsonl
 
-from .conftest import start
+from .conftest import RANKS, start
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -23,7 +23,7 @@ def wait_until(condition, seconds: float, what: str):
     pytest.fail(f"{what} did not happen within {seconds} s")
 
 
-def training(launch, tmp_path, *options: str, ranks: int = 2):
+def training(launch, tmp_path, *options: str, ranks: int = RANKS):
     """A launch that has finished its first rollout step."""
     run = launch("--output_dir", tmp_path / "run", "--heldout_generations", "1", *options, ranks=ranks)
     wait_until(lambda: "rollout step  1/" in run.output() or run.process.poll() is not None, 400, "the first rollout step")
@@ -38,14 +38,14 @@ def rank_processes(run) -> list[psutil.Process]:
 @pytest.mark.parametrize("how", ["ctrl-c", "sigterm to the launcher", "kill -9 of a rank"])
 def test_an_interrupted_run_leaves_nothing_behind(launch, tmp_path, how):
     run = training(launch, tmp_path)
-    assert len(rank_processes(run)) == 2 and any("api_server" in " ".join(p.cmdline()) for p in run.alive())
+    assert len(rank_processes(run)) == RANKS and any("api_server" in " ".join(p.cmdline()) for p in run.alive())
     assert any(p.name().startswith("VLLM::Worker") for p in run.alive()), "the test would not see a worker that stays"
     if how == "ctrl-c":
         os.killpg(run.process.pid, signal.SIGINT)
     elif how == "sigterm to the launcher":  # what a scheduler sends
         run.process.terminate()
     else:
-        next(p for p in rank_processes(run) if p.environ()["RANK"] == "1").kill()
+        next(p for p in rank_processes(run) if p.environ()["RANK"] == str(RANKS - 1)).kill()
     assert run.wait(90) != 0
     wait_until(lambda: not run.alive(), 30, f"the end of {[p.name() for p in run.alive()]}")
 

@@ -105,8 +105,14 @@ def test_an_unknown_model_is_named(recipe):
     refused(recipe("--model_name_or_path", "/no/such/model"), "/no/such/model")
 
 
+@pytest.mark.cpu_only("a GPU may have FlashAttention")
 def test_flash_attention_that_cannot_run_is_refused(recipe):
     refused(recipe("--attn_implementation", "flash_attention_2"), "flash_attention_2", "no GPU", "--attn_implementation auto")
+
+
+def test_remote_servers_that_could_not_reach_the_trainer_are_refused(recipe):
+    servers = recipe("--rollout_servers", "http://192.0.2.7:8000")
+    refused(servers, "weight_sync_address='127.0.0.1'", "http://192.0.2.7:8000", "--weight_sync_address ")
 
 
 def test_a_budget_below_one_full_sequence_is_refused(recipe):

@@ -239,6 +239,7 @@ def test_a_server_that_answers_errors_now_and_then_only_costs_time(pair, model, 
         proxy.fake.close()
 
 
+@pytest.mark.cpu_only("cores")
 def test_the_cores_of_two_servers_are_two(processes):
     if len(os.sched_getaffinity(0)) > 1:
         assert processes[0].spec.core != processes[1].spec.core

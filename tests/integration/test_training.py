@@ -9,6 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from justrl_trl.run_folder import read_jsonl
 
+from .conftest import RANKS
+
 pytestmark = pytest.mark.timeout(1500)
 
 
@@ -26,14 +28,14 @@ def test_the_reward_rises_and_so_does_accuracy_on_problems_never_trained_on(run)
     assert summary["reward_first"] <= -0.2
     assert summary["reward_last"] >= 0.3
     assert summary["heldout_accuracy_last"] >= 2 * summary["heldout_accuracy_first"]
-    assert summary["world_size"] == 2 and summary["zero_stage"] == 3
+    assert summary["world_size"] == RANKS and summary["zero_stage"] == 3
     assert summary["sync_logprob_gap_max"] < 0.3
 
 
 def test_the_plan_comes_first_and_the_table_last(run):
     output = run[1].output()
     assert output.index("plan\n") < output.index("rollout step  1/") < output.index("held-out accuracy")
-    assert "2 ranks, DeepSpeed ZeRO-3" in output
+    assert f"{RANKS} rank{'s' if RANKS > 1 else ''}, DeepSpeed ZeRO-3" in output
 
 
 def test_nothing_of_the_run_is_left_running(run):

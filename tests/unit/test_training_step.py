@@ -104,13 +104,13 @@ class OtherPolicy:
 
     def gap(self, sequences, logps):
         assert len(sequences) == 8 and len(logps) == sum(s.response_length for s in sequences)
-        return Gap(largest=3.0, mean=0.6, k3=0.4)
+        return {"http://other": Gap(largest=3.0, mean=0.6, k3=0.4)}
 
 
 def test_responses_of_another_policy_are_not_trained_on(tmp_path):
     trainer = build(Case("ours", changes={"gap_responses": 8, "gap_limit": 0.5}), str(tmp_path))
     trainer.weight_sync, trainer.pool = OtherPolicy(), SimpleNamespace(say=print)
-    with pytest.raises(ServerError, match=r"differ by 0\.600 .* over 8 responses > gap_limit=0\.5"):
+    with pytest.raises(ServerError, match=r"http://other by 0\.600 .* of 8 responses > gap_limit=0\.5"):
         trainer.train()
     assert trainer.state.global_step == 0 and trainer.seen["gradients"] == []
 
