@@ -22,7 +22,7 @@ from trl import GRPOTrainer
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from justrl_trl.advantage import group_advantages
-from justrl_trl.callbacks import SaveLastRolloutStep, SyncAfterRolloutStep
+from justrl_trl.callbacks import SyncAfterRolloutStep
 from justrl_trl.collectives import StoppedByRankZero, gather_ragged
 from justrl_trl.config import JustRLConfig
 from justrl_trl.dispatch import Rollouts
@@ -99,7 +99,6 @@ class JustRLTrainer(GRPOTrainer):
         self._skipped = SkipCounter(args.max_skipped_steps)
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)  # prints every metric as one line of JSON; RecordRun prints what matters
-        self.add_callback(SaveLastRolloutStep())
         self.callback_handler.callbacks.insert(0, SyncAfterRolloutStep(self))  # others may sample, and need the weights pushed
 
     # -- sample -------------------------------------------------------------------------------------------------------
