@@ -1,7 +1,10 @@
 """Everything that a GPU has to show, part by part, each in a process of its own with a deadline; see check.sh.
 
 A part that lacks something (a GPU, vLLM, Liger) is absent, and the table says what it lacks; the others run. A part that fails
-stops no other one. Exit status 1 if a part failed, 0 if all that are there passed.
+stops no other one. Exit status 1 if a part failed, 2 if the GPU cannot be used, 0 if all that are there passed.
+
+In the folder of the figures: check.json has machine, results and figures, training_step.json the benchmark's own figures,
+check.log the output of all parts.
 """
 
 import argparse
@@ -10,38 +13,25 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-PASSED, FAILED, ABSENT = "passed", "failed", "absent"
-RUNTIME = ("torch", "transformers", "trl", "accelerate", "deepspeed", "liger_kernel")
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests.gpu.part import ABSENT, FAILED, ROOT, Part, Result, run  # noqa: E402
 
-@dataclass(frozen=True)
-class Part:
-    """One row of the table.
-
-    Attributes:
-        needs: packages without which it cannot run.
-        command, rehearsal: arguments of python on a GPU, and for a rehearsal on a CPU; `{out}` is the folder of the figures.
-        seconds: deadline.
-    """
-
-    name: str
-    needs: tuple[str, ...]
-    command: tuple[str, ...]
-    rehearsal: tuple[str, ...]
-    seconds: int
+RUNTIME = ("torch", "transformers", "trl", "accelerate", "deepspeed", "liger_kernel", "peft", "datasets")
+CLIENT = ("torch", "transformers", "accelerate", "peft", "datasets", "requests")  # whoever pushes weights to a server
+BUDGET_SECONDS = 480.0  # of all parts together, on a GPU
+_LEAST_SECONDS = 20.0  # to start a part; less is only enough for its imports
 
 
 def tests(name: str, needs: tuple[str, ...], seconds: int) -> Part:
-    """A file of this folder."""
-    command = ("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", f"tests/gpu/test_{name}.py")
+    """A file of this folder; all of its tests, whatever fails: the next GPU may be far away."""
+    command = ("-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/gpu/test_{name}.py")
     return Part(name, ("pytest", *needs), command, (*command, "--rehearse"), seconds)
 
 
@@ -56,71 +46,22 @@ def benchmark() -> Part:
 
 PARTS = [
     tests("attention", ("torch", "transformers"), 120),
-    tests("loss", ("torch", "liger_kernel", "trl"), 120),
+    tests("loss", ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "liger_kernel"), 120),
     tests("training", RUNTIME, 240),
-    tests("server", (*RUNTIME, "vllm"), 420),
     benchmark(),
+    tests("server", (*CLIENT, "vllm"), 180),
+    tests("recipe", (*RUNTIME, "requests", "matplotlib", "vllm"), 240),
 ]
 _INTEGRATION = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/integration")
 INTEGRATION = Part("integration", ("pytest", *RUNTIME, "vllm"), _INTEGRATION, _INTEGRATION, 1800)
 
 
-@dataclass
-class Result:
-    """What came of a part; `reason`: what it lacks, or its last lines."""
-
-    name: str
-    status: str
-    seconds: float = 0.0
-    reason: str = ""
-    figures: list[dict] = field(default_factory=list)
-
-
 def missing(part: Part, gpu: bool, rehearse: bool) -> str:
     """What this machine lacks for a part; empty if nothing."""
-    if not gpu and not rehearse:
-        return "no GPU (--rehearse runs it on the CPU, small)"
     lacking = [name for name in part.needs if importlib.util.find_spec(name) is None]
-    return f"not installed: {', '.join(lacking)}" if lacking else ""
-
-
-def run(part: Part, out: Path, rehearse: bool) -> Result:
-    """Run a part; its output goes to a file of its own, and to the terminal when it fails."""
-    log, figures = out / f"{part.name}.log", out / f"{part.name}.jsonl"
-    for earlier in (figures, out / "training_step.json"):
-        earlier.unlink(missing_ok=True)
-    arguments = [argument.replace("{out}", str(out)) for argument in (part.rehearsal if rehearse else part.command)]
-    env = os.environ | {"GPU_CHECK_FIGURES": str(figures), "PYTHONPATH": str(ROOT)}
-    if rehearse:
-        env |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    started = time.monotonic()
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, *arguments], cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            status = process.wait(part.seconds)
-            reason = "" if status == 0 else f"exit status {status}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its servers end with it: their guard watches
-            process.wait()
-            status, reason = 1, f"no end after {part.seconds} s"
-    seconds = time.monotonic() - started
-    found = [json.loads(line) for line in figures.read_text().splitlines()] if figures.exists() else []
-    found += benchmark_figures(out / "training_step.json") if part.name == "benchmark" else []
-    if status:
-        tail = log.read_text(errors="replace").splitlines()[-25:]
-        print("\n".join([f"--- {part.name} failed ({reason}); the end of {log}:", *tail, "---"]), flush=True)
-    return Result(part.name, FAILED if status else PASSED, seconds, reason, found)
-
-
-def benchmark_figures(file: Path) -> list[dict]:
-    """The main figures of each variant that ran."""
-    if not file.exists():
-        return []
-    names = ("tokens_per_second", "mfu_training", "peak_gib")
-    variants = json.loads(file.read_text())["variants"].items()
-    return [{"test": name, **{key: row[key] for key in names}} for name, row in variants if row["status"] == "ok"]
+    if lacking:
+        return f"not installed: {', '.join(lacking)}"
+    return "" if gpu or rehearse else "no GPU (--rehearse runs it on the CPU, small)"
 
 
 def table(results: list[Result], rehearse: bool) -> str:
@@ -155,38 +96,72 @@ def machine() -> dict:
     return facts
 
 
+def run_all(parts: list[Part], out: Path, facts: dict, rehearse: bool, budget: float) -> list[Result]:
+    """Each part in turn; check.json is written anew after each, so what is cut off has its figures up to there.
+
+    Args:
+        budget: seconds of all parts together.
+    """
+    results: list[Result] = []
+    end = time.monotonic() + budget
+    for number, part in enumerate(parts, start=1):
+        lacking, left = missing(part, facts["card"] is not None, rehearse), end - time.monotonic()
+        if lacking:
+            results.append(Result(part.name, ABSENT, reason=lacking))
+        elif left < _LEAST_SECONDS:
+            results.append(Result(part.name, FAILED, reason=f"no time left of {budget:.0f} s (--seconds)"))
+        else:
+            seconds = min(part.seconds, left)
+            print(f"[{number}/{len(parts)}] {part.name}: at most {seconds:.0f} s", flush=True)
+            results.append(run(part, out, rehearse, seconds))
+        written = {"machine": facts, "rehearsal": rehearse, "parts": [asdict(result) for result in results]}
+        (out / "check.json").write_text(json.dumps(written, indent=1))
+    return results
+
+
+def choose(only: str | None, integration: bool) -> list[Part]:
+    """The parts that are asked for.
+
+    Raises:
+        ValueError: there is no such part.
+    """
+    parts = [*PARTS, *([INTEGRATION] if integration else [])]
+    chosen = only.split(",") if only else [part.name for part in parts]
+    unknown = set(chosen) - {part.name for part in parts}
+    if unknown:
+        raise ValueError(f"there is no part {', '.join(sorted(unknown))}; parts are {', '.join(part.name for part in parts)}")
+    return [part for part in parts if part.name in chosen]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rehearse", action="store_true", help="run every part on the CPU, small, whatever there is")
     parser.add_argument("--integration", action="store_true", help="the integration tests too (half an hour)")
     parser.add_argument("--only", help=f"comma list of parts: {', '.join(part.name for part in PARTS)}")
+    parser.add_argument("--seconds", type=float, help=f"of all parts together; default: {BUDGET_SECONDS:.0f} on a GPU")
     args = parser.parse_args()
-    parts = [*PARTS, *([INTEGRATION] if args.integration else [])]
-    if args.only:
-        chosen = args.only.split(",")
-        unknown = set(chosen) - {part.name for part in parts}
-        if unknown:
-            parser.error(f"--only: there is no part {', '.join(sorted(unknown))}")
-        parts = [part for part in parts if part.name in chosen]
+    try:
+        parts = choose(args.only, args.integration)
+    except ValueError as error:
+        parser.error(f"--only: {error}")
+    facts = machine()
+    if facts["card"] is None and "torch" in facts and not args.rehearse:
+        from justrl_trl.gpu_driver import check_gpu_driver
+
+        try:
+            check_gpu_driver()
+        except ValueError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
 
     out = Path(os.environ.get("OUT") or ROOT / "runs" / "gpu_check").resolve()
     out.mkdir(parents=True, exist_ok=True)
-    facts = machine()
-    gpu = facts["card"] is not None
-    if args.rehearse and gpu:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    for earlier in ("check.json", "check.log", "training_step.json"):
+        (out / earlier).unlink(missing_ok=True)
     print(f"{facts['card'] or 'no GPU'}; figures go to {out}", flush=True)
-    results: list[Result] = []
-    for number, part in enumerate(parts, start=1):
-        lacking = missing(part, gpu, args.rehearse)
-        if lacking:
-            results.append(Result(part.name, ABSENT, reason=lacking))
-        else:
-            print(f"[{number}/{len(parts)}] {part.name}: at most {part.seconds} s", flush=True)
-            results.append(run(part, out, args.rehearse))
-        # anew after every part: what is cut off has its figures up to there
-        written = {"machine": facts, "rehearsal": args.rehearse, "parts": [asdict(result) for result in results]}
-        (out / "check.json").write_text(json.dumps(written, indent=1))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the part that runs is ended with us
+    unlimited = args.rehearse or args.integration
+    results = run_all(parts, out, facts, args.rehearse, args.seconds or (float("inf") if unlimited else BUDGET_SECONDS))
     print(f"\n{table(results, args.rehearse)}\n\nwrote {out / 'check.json'}")
     return int(any(result.status == FAILED for result in results))
 

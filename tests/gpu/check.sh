@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Proves the GPU path on one GPU in under eight minutes: bash tests/gpu/check.sh [--rehearse] [--integration] [--only PART,...]
+# Proves the GPU path on one GPU in under eight minutes: bash tests/gpu/check.sh [--rehearse] [--only PART,...] [--help]
 # Uses .venv if there is one, else the python of the PATH. A table at the end; figures in $OUT or runs/gpu_check.
 cd "$(dirname "$0")/../.." || exit 2
 python=python3

@@ -1,7 +1,7 @@
 """What only a GPU can show. Without one these tests are skipped, with one a skip is a failure.
 
-`pytest tests/gpu --rehearse` runs the same code on a CPU, small and in float32, with PyTorch's SDPA in the place of the varlen
-kernel: it proves nothing about a GPU, but no GPU minute is lost to a typo.
+`pytest tests/gpu --rehearse` runs the same code on a CPU, small, with PyTorch's SDPA in the place of the varlen kernel and
+float32 in training: it proves nothing about a GPU, but no GPU minute is lost to a typo.
 """
 
 import json
@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from justrl_trl.gpu_driver import check_gpu_driver
+
+ROOT = Path(__file__).resolve().parents[2]
 GPU = torch.cuda.is_available()
 
 
@@ -21,31 +24,45 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
     rehearse = config.getoption("--rehearse", default=False)
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.gpu)
-            if not GPU and not rehearse:
-                item.add_marker(pytest.mark.skip(reason="this machine has no GPU (--rehearse runs these on a CPU)"))
+    mine = [item for item in items if Path(__file__).parent in item.path.parents]
+    if mine and not GPU and not rehearse:
+        try:
+            check_gpu_driver()
+        except ValueError as error:  # a GPU that torch cannot use is not "no GPU"
+            raise pytest.UsageError(str(error)) from error
+    for item in mine:
+        item.add_marker(pytest.mark.gpu)
+        if not GPU and not rehearse:
+            item.add_marker(pytest.mark.skip(reason="this machine has no GPU (--rehearse runs these on a CPU)"))
+
+
+def _fail_if_skipped(report) -> None:
+    """A GPU test that is skipped on a GPU would look like one that passed."""
+    if GPU and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome, report.longrepr = "failed", f"skipped, although there is a GPU: {report.longrepr}"
 
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A GPU test that is skipped on a GPU would look like one that passed."""
-    outcome = yield
-    report = outcome.get_result()
-    if GPU and report.skipped and item.get_closest_marker("gpu") and not hasattr(report, "wasxfail"):
-        report.outcome, report.longrepr = "failed", f"skipped, although there is a GPU: {report.longrepr}"
+    _fail_if_skipped((yield).get_result())
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_make_collect_report(collector):
+    """A whole file."""
+    _fail_if_skipped((yield).get_result())
+
+
+def child_environment(gpu: bool = GPU) -> dict[str, str]:
+    """For programs that a test starts: this checkout first, other packages where they were; without a GPU, none is seen."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    hidden = {} if gpu else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "4" if GPU else "1", **hidden}
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     return torch.device("cuda" if GPU else "cpu")
-
-
-@pytest.fixture(scope="session")
-def half() -> torch.dtype:
-    """What the model computes in: bfloat16 on a GPU."""
-    return torch.bfloat16 if GPU else torch.float32
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 
 from justrl_trl.attention import PACKED_SDPA, PACKED_VARLEN, packed_arguments
 from justrl_trl.packing import Sequence, pack
@@ -16,27 +16,32 @@ HEADS = [(12, 2), (8, 8), (16, 1)]  # queries, keys and values; the first are Qw
 
 
 def attention(name: str, tensors: tuple, lengths: list[int]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Output `(T, heads, D)` and gradients of query, key and value under a fixed gradient of the output."""
-    from transformers import AttentionInterface
+    """Output `(T, heads, D)` and gradients of query, key and value under a fixed gradient of the output.
 
-    query, key, value = (t.clone().requires_grad_() for t in tensors)
+    In float32 key and value heads are repeated first: for grouped queries SDPA has no float32 kernel on a GPU but the one that
+    holds heads x T x T scores, tens of GiB here.
+    """
+    query, key, value = leaves = [t.clone().requires_grad_() for t in tensors]
+    groups = query.shape[1] // key.shape[1]
+    if query.dtype == torch.float32:
+        key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
     boundaries = torch.tensor([0, *lengths]).cumsum(0).int().to(query.device)
     module = torch.nn.Module()
-    module.num_key_value_groups, module.is_causal = query.shape[1] // key.shape[1], True
+    module.num_key_value_groups, module.is_causal = groups, True
     extra = {"packed_lengths": lengths, "boundaries": boundaries, "longest": max(lengths), "scaling": query.shape[-1] ** -0.5}
     out, _ = AttentionInterface()[name](module, query, key, value, None, **extra)
     generator = torch.Generator().manual_seed(1)
     out.backward(torch.randn(out.shape, generator=generator).to(out))
-    return out[0].detach(), [t.grad for t in (query, key, value)]
+    return out[0].detach(), [t.grad for t in leaves]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), HEADS)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_kernel_and_sdpa_are_as_far_from_float32_as_each_other(device, half, figures, heads, kv_heads, head_dim):
+def test_kernel_and_sdpa_are_as_far_from_float32_as_each_other(device, figures, heads, kv_heads, head_dim):
     generator = torch.Generator().manual_seed(0)
     total = sum(LENGTHS)
     shapes = [(1, heads, total, head_dim), (1, kv_heads, total, head_dim), (1, kv_heads, total, head_dim)]
-    tensors = tuple(torch.randn(shape, generator=generator).to(device, half) for shape in shapes)
+    tensors = tuple(torch.randn(shape, generator=generator).to(device, torch.bfloat16) for shape in shapes)
     exact, exact_gradients = attention(PACKED_SDPA, tuple(t.float() for t in tensors), LENGTHS)
     got, got_gradients = attention(KERNEL, tensors, LENGTHS)
     twin, twin_gradients = attention(PACKED_SDPA, tensors, LENGTHS)
@@ -56,7 +61,7 @@ def model(implementation: str, device: torch.device, dtype: torch.dtype) -> Qwen
     return made.to(device, dtype).train()
 
 
-def test_a_packed_row_equals_a_padded_batch_in_logits_and_gradients(device, half, figures):
+def test_a_packed_row_equals_a_padded_batch_in_logits_and_gradients(device, figures):
     lengths = [700, 33, 1500, 5] if GPU else [40, 33, 5]
     generator = torch.Generator().manual_seed(2)
     sequences = [Sequence(torch.randint(0, 512, (length,), generator=generator), prompt_length=1) for length in lengths]
@@ -81,8 +86,8 @@ def test_a_packed_row_equals_a_padded_batch_in_logits_and_gradients(device, half
 
     exact, exact_gradient = padded(torch.float32)
     assert error(packed(PACKED_SDPA, torch.float32)[0], exact) < 1e-5
-    got, gradient = packed(KERNEL, half)
-    twin, twin_gradient = padded(half)
+    got, gradient = packed(KERNEL, torch.bfloat16)
+    twin, twin_gradient = padded(torch.bfloat16)
     figures(logits=error(got, exact), logits_of_padded=error(twin, exact), gradient=error(gradient, exact_gradient))
     assert error(got, exact) <= max(2 * error(twin, exact), 1e-5)
     assert error(gradient, exact_gradient) <= max(2 * error(twin_gradient, exact_gradient), 1e-5)
@@ -92,7 +97,7 @@ def test_a_long_row_takes_no_memory_for_a_mask(device, figures):
     """16k tokens: a T x T mask of bytes would be 256 MiB, scores in bfloat16 of 12 heads 6 GiB."""
     lengths = [16384, 16384] if GPU else [128, 128]
     shapes = [(1, 12, sum(lengths), 128), (1, 2, sum(lengths), 128), (1, 2, sum(lengths), 128)]
-    tensors = tuple(torch.randn(shape, device=device, dtype=torch.bfloat16 if GPU else torch.float32) for shape in shapes)
+    tensors = tuple(torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in shapes)
     if GPU:
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if GPU else 0

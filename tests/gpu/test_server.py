@@ -1,11 +1,7 @@
-"""A real vLLM server on the GPU that the trainer uses too: weights arrive over gloo, and the tiny recipe learns."""
+"""A real vLLM server on the GPU that the trainer uses too: weights arrive over gloo, and the probe tells them from others."""
 
-import json
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,12 +17,8 @@ from justrl_trl.weight_sync import WeightSync
 
 from .conftest import GPU
 
-ROOT = Path(__file__).resolve().parents[2]
 IDS = [7, 19, 42, 55, 60, 61, 33, 20, 90, 14, 17, 80, 81, 82, 83, 9, 28, 45, 66, 71] * 5
 PROBE = [Sequence(torch.tensor(IDS), prompt_length=1)]
-LAUNCH = ["--config_file", str(ROOT / "accelerate_configs" / ("zero3_1gpu.yaml" if GPU else "zero3_cpu_2proc.yaml"))]
-
-pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +75,3 @@ def test_the_same_seed_gives_the_same_responses(pool):
     first = client.sample([5, 6, 7], sampling, seed=5)
     assert len({tuple(ids) for ids in first}) > 1
     assert client.sample([5, 6, 7], sampling, seed=5) == first
-
-
-def test_the_tiny_recipe_learns_through_the_launch_line(tmp_path, figures):
-    steps = 40 if GPU else 3
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", *LAUNCH, "recipes/grpo_justrl.py"]
-    command += ["--output_dir", str(tmp_path / "run"), "--num_rollout_steps", str(steps)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **({} if GPU else {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=420)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    names = ("reward_first", "reward_last", "heldout_accuracy_first", "heldout_accuracy_last", "seconds")
-    figures(**{name: summary[name] for name in names})
-    if GPU:
-        assert "bfloat16 over float32" in done.stdout and "it shares GPU 0 with a rank" in done.stdout
-        assert summary["reward_last"] >= 0.3 > summary["reward_first"]
-        assert summary["heldout_accuracy_last"] >= 2 * summary["heldout_accuracy_first"]

@@ -29,6 +29,10 @@ ONE_GPU = ["--config_file", str(ROOT / "accelerate_configs" / "zero3_1gpu.yaml")
 GPU = torch.cuda.is_available()
 RANKS = 1 if GPU else 2  # of the launch line: NCCL refuses two ranks on one GPU
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # for two ranks, on a GPU machine too
+# for programs of the tests: this checkout first, other packages where they were
+ON_PATH = {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
+# the process that holds the model: on a GPU vLLM's engine runs its only worker itself
+MODEL_PROCESS = "VLLM::Engine" if GPU else "VLLM::Worker"
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -9,7 +9,7 @@ import pytest
 
 from justrl_trl.run_folder import read_jsonl
 
-from .conftest import RANKS, start
+from .conftest import MODEL_PROCESS, RANKS, start
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -39,7 +39,7 @@ def rank_processes(run) -> list[psutil.Process]:
 def test_an_interrupted_run_leaves_nothing_behind(launch, tmp_path, how):
     run = training(launch, tmp_path)
     assert len(rank_processes(run)) == RANKS and any("api_server" in " ".join(p.cmdline()) for p in run.alive())
-    assert any(p.name().startswith("VLLM::Worker") for p in run.alive()), "the test would not see a worker that stays"
+    assert any(p.name().startswith(MODEL_PROCESS) for p in run.alive()), "the test would not see a worker that stays"
     if how == "ctrl-c":
         os.killpg(run.process.pid, signal.SIGINT)
     elif how == "sigterm to the launcher":  # what a scheduler sends

@@ -21,7 +21,7 @@ from justrl_trl.rollout import RolloutClient
 from justrl_trl.weight_sync import WeightSync
 from tests.unit.fake_server import FakeServer
 
-from .conftest import ROOT, pool_of, start
+from .conftest import ON_PATH, pool_of, start
 from .test_server import IDS, gap_of, sampling, trainer_logps
 
 pytestmark = pytest.mark.timeout(900)
@@ -180,7 +180,7 @@ def test_a_trainer_killed_in_the_middle_of_a_push_leaves_servers_that_the_next_o
 ):
     """kill -9 with some of the weights sent: both servers still have what they had, and take the next trainer's."""
     marker = tmp_path / "half way"
-    env = {**os.environ, "JUSTRL_SERVER_KEY": processes[0].key, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "JUSTRL_SERVER_KEY": processes[0].key, **ON_PATH}
     urls = [server.url for server in processes]
     trainer = subprocess.Popen([sys.executable, "-c", DYING_TRAINER, str(base), str(marker), *urls], env=env)
     try:

@@ -11,7 +11,7 @@ import torch
 
 from tests.side_by_side import error, run
 
-from .conftest import NO_GPU, ROOT, TWO_RANKS
+from .conftest import NO_GPU, ON_PATH, ROOT, TWO_RANKS
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -25,7 +25,7 @@ def two_ranks(launcher: list[str], cases: dict[str, dict], out: Path) -> dict[st
     done = subprocess.run(
         [sys.executable, *launcher, str(PROGRAM), str(out), json.dumps(cases)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **NO_GPU},
+        env={**os.environ, **ON_PATH, "OMP_NUM_THREADS": "1", **NO_GPU},
         capture_output=True,
         text=True,
         timeout=600,
