@@ -14,18 +14,27 @@ asks only for what is missing; with another --grader, or a verifier, it grades a
 import sys
 import time
 
-from justrl_trl.evaluation import Progress, Request, Response, check_fits, eval_sampling, prompt_ids, requests_of, sample_all
-from justrl_trl.evaluation_arguments import EvaluateArguments, folder_of, parse, plan_lines, settings_of
-from justrl_trl.evaluation_grades import grade_all, verify_all
-from justrl_trl.evaluation_model import EvaluatedModel, find_model
-from justrl_trl.evaluation_results import write_results
-from justrl_trl.evaluation_servers import connect, server_places, start_servers
-from justrl_trl.evaluation_tasks import find_tasks
-from justrl_trl.gpu_driver import check_gpu_driver
-from justrl_trl.launch import one_paragraph_errors, quiet_libraries
-from justrl_trl.sample_store import SampleStore
-from justrl_trl.server import ServerError
-from justrl_trl.verifier import Verifier
+from justrl_trl.evaluation.arguments import EvaluateArguments, folder_of, parse, plan_lines, settings_of
+from justrl_trl.evaluation.grades import grade_all, verify_all
+from justrl_trl.evaluation.model import EvaluatedModel, find_model
+from justrl_trl.evaluation.results import write_results
+from justrl_trl.evaluation.sampling import (
+    Progress,
+    Request,
+    Response,
+    check_fits,
+    eval_sampling,
+    prompt_ids,
+    requests_of,
+    sample_all,
+)
+from justrl_trl.evaluation.servers import connect, server_places, start_servers
+from justrl_trl.evaluation.store import SampleStore
+from justrl_trl.evaluation.tasks import find_tasks
+from justrl_trl.evaluation.verifier import Verifier
+from justrl_trl.preflight.gpu_driver import check_gpu_driver
+from justrl_trl.runs.setup import one_paragraph_errors, quiet_libraries
+from justrl_trl.servers.process import ServerError
 
 
 def main() -> None:

@@ -16,20 +16,20 @@ from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config
 
-from justrl_trl.attention import choose_attention, describe_attention
-from justrl_trl.checkpoint_disk import checkpoint_disk
-from justrl_trl.collectives import leave_together, on_rank_zero
-from justrl_trl.gpu_driver import check_gpu_driver
-from justrl_trl.gpu_memory import model_size
-from justrl_trl.launch import check_machine, load_data, one_paragraph_errors, quiet_libraries, resolve_model
-from justrl_trl.nodes import check_shared_folder
-from justrl_trl.progress import RolloutStepPrinter, plan_lines, say, table_lines
-from justrl_trl.reward_functions import reward_functions
-from justrl_trl.run_arguments import parse
-from justrl_trl.run_folder import RecordRun, RunFolder, write_summary
-from justrl_trl.run_servers import connect, plan_sharing, start_servers
-from justrl_trl.trainer import JustRLTrainer
-from justrl_trl.validation import Validate
+from justrl_trl.distributed import leave_together, on_rank_zero
+from justrl_trl.policy.attention import choose_attention, describe_attention
+from justrl_trl.preflight.checkpoint_disk import checkpoint_disk
+from justrl_trl.preflight.gpu_driver import check_gpu_driver
+from justrl_trl.preflight.gpu_memory import model_size
+from justrl_trl.preflight.nodes import check_shared_folder
+from justrl_trl.runs.arguments import parse
+from justrl_trl.runs.folder import RecordRun, RunFolder, write_summary
+from justrl_trl.runs.progress import RolloutStepPrinter, plan_lines, say, table_lines
+from justrl_trl.runs.servers import connect, plan_sharing, start_servers
+from justrl_trl.runs.setup import check_machine, load_data, one_paragraph_errors, quiet_libraries, resolve_model
+from justrl_trl.runs.validation import Validate
+from justrl_trl.training.rewards import reward_functions
+from justrl_trl.training.trainer import JustRLTrainer
 
 
 def main() -> None:

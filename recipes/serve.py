@@ -17,14 +17,14 @@ from pathlib import Path
 
 import torch
 
-from justrl_trl.gpu_driver import check_gpu_driver
-from justrl_trl.launch import one_paragraph_errors, quiet_libraries, resolve_model
-from justrl_trl.progress import Waiting
-from justrl_trl.run_arguments import parse
-from justrl_trl.run_servers import server_spec
-from justrl_trl.server import ManagedServer, ServerError, check_compiler
-from justrl_trl.server_auth import KEY_VARIABLE
-from justrl_trl.vllm_plugin import GLOO_BACKEND, NCCL_BACKEND
+from justrl_trl.preflight.gpu_driver import check_gpu_driver
+from justrl_trl.runs.arguments import parse
+from justrl_trl.runs.progress import Waiting
+from justrl_trl.runs.servers import server_spec
+from justrl_trl.runs.setup import one_paragraph_errors, quiet_libraries, resolve_model
+from justrl_trl.servers.auth import KEY_VARIABLE
+from justrl_trl.servers.process import ManagedServer, ServerError, check_compiler
+from justrl_trl.servers.vllm_plugin import GLOO_BACKEND, NCCL_BACKEND
 
 
 @dataclass

@@ -22,11 +22,11 @@ from peft import LoraConfig
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from justrl_trl import tiny
-from justrl_trl.collectives import gather_ragged, leave_together
 from justrl_trl.config import JustRLConfig
-from justrl_trl.packing import Sequence
-from justrl_trl.trainer import JustRLTrainer
+from justrl_trl.data import tiny
+from justrl_trl.distributed import gather_ragged, leave_together
+from justrl_trl.policy.packing import Sequence
+from justrl_trl.training.trainer import JustRLTrainer
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "broadcast_object_list")
 PROMPTS = [f"{'count ' * (i % 5)}what is {i} + {2 * i}?" for i in range(64)]

@@ -15,10 +15,10 @@ import requests
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from justrl_trl.benchmarks import load, select
-from justrl_trl.grading import grade_answer
-from justrl_trl.server_auth import KEY_VARIABLE
-from justrl_trl.tiny import arithmetic_problems
+from justrl_trl.data.benchmarks import load, select
+from justrl_trl.data.tiny import arithmetic_problems
+from justrl_trl.grading.rule import grade_answer
+from justrl_trl.servers.auth import KEY_VARIABLE
 
 from .conftest import ROOT, start
 

@@ -23,10 +23,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl import GRPOTrainer
 
 import justrl_trl
-from justrl_trl import trainer
-from justrl_trl.trainer import JustRLTrainer
-
-from .signatures import plain
+from justrl_trl.training import trainer
+from justrl_trl.training.trainer import JustRLTrainer
+from tests.unit.signatures import plain
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "justrl_trl"
@@ -108,8 +107,8 @@ from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_processing
-from justrl_trl.vllm_engine import GlooWeightTransferEngine, NcclWeightTransferEngine
-from justrl_trl.vllm_plugin import GLOO_BACKEND, NCCL_BACKEND, register
+from justrl_trl.servers.vllm_engine import GlooWeightTransferEngine, NcclWeightTransferEngine
+from justrl_trl.servers.vllm_plugin import GLOO_BACKEND, NCCL_BACKEND, register
 
 register(), register()  # vLLM calls it more than once per process
 engine = base.WeightTransferEngine
@@ -224,7 +223,7 @@ def test_pure_modules_load_neither_vllm_nor_deepspeed_nor_trl():
 
 def test_the_package_and_the_server_guard_load_no_torch():
     heavy = {"torch", "transformers", "trl", "vllm", "deepspeed"}
-    assert imported(["justrl_trl", "justrl_trl.server_guard", "justrl_trl.server_auth"], heavy) == set()
+    assert imported(["justrl_trl", "justrl_trl.servers.guard", "justrl_trl.servers.auth"], heavy) == set()
 
 
 def own_imports(path: Path) -> set[str]:
