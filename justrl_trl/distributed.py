@@ -11,12 +11,10 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast, broadcast_object_list
 
+from justrl_trl.errors import StoppedByRankZero
+
 PATIENCE_SECONDS = 60.0  # far below the deadline of a collective (ddp_timeout, half an hour), far above its cost
 T = TypeVar("T")
-
-
-class StoppedByRankZero(RuntimeError):
-    """Rank 0 failed and said why; this rank has nothing to add."""
 
 
 def gather_ragged(rows: list[torch.Tensor], accelerator: Accelerator) -> list[torch.Tensor]:

@@ -14,6 +14,7 @@ asks only for what is missing; with another --grader, or a verifier, it grades a
 import sys
 import time
 
+from justrl_trl.errors import ServerError
 from justrl_trl.evaluation.arguments import EvaluateArguments, folder_of, parse, plan_lines, settings_of
 from justrl_trl.evaluation.grades import grade_all, verify_all
 from justrl_trl.evaluation.model import EvaluatedModel, find_model
@@ -28,13 +29,12 @@ from justrl_trl.evaluation.sampling import (
     requests_of,
     sample_all,
 )
-from justrl_trl.evaluation.servers import connect, server_places, start_servers
+from justrl_trl.evaluation.servers import connect, devices, start_servers
 from justrl_trl.evaluation.store import SampleStore
 from justrl_trl.evaluation.tasks import find_tasks
 from justrl_trl.evaluation.verifier import Verifier
 from justrl_trl.preflight.gpu_driver import check_gpu_driver
-from justrl_trl.runs.setup import one_paragraph_errors, quiet_libraries
-from justrl_trl.servers.process import ServerError
+from justrl_trl.terminal import quiet_libraries, report_errors
 
 
 def main() -> None:
@@ -52,8 +52,9 @@ def main() -> None:
     settings = settings_of(args, model.slug, model.weights, model.stop_token_ids)
     store = SampleStore(folder_of(args, settings), settings)
     missing = store.missing(requests)
-    servers = [] if args.rollout_servers or not missing else server_places(args.managed_servers)
-    print("\n".join(plan_lines(args, tasks, requests, len(missing), servers, model.weights, store.folder)), flush=True)
+    needed = missing and not args.rollout_servers
+    places = devices(args) if needed else []
+    print("\n".join(plan_lines(args, tasks, requests, len(missing), places, model.weights, store.folder)), flush=True)
     if args.dry_run:
         return
     verifier = None
@@ -118,5 +119,5 @@ def sample(
 
 
 if __name__ == "__main__":
-    with one_paragraph_errors():
+    with report_errors():
         main()

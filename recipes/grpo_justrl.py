@@ -23,11 +23,15 @@ from justrl_trl.preflight.gpu_driver import check_gpu_driver
 from justrl_trl.preflight.gpu_memory import model_size
 from justrl_trl.preflight.nodes import check_shared_folder
 from justrl_trl.runs.arguments import parse
-from justrl_trl.runs.folder import RecordRun, RunFolder, write_summary
-from justrl_trl.runs.progress import RolloutStepPrinter, plan_lines, say, table_lines
+from justrl_trl.runs.folder import RunFolder
+from justrl_trl.runs.heldout import HeldOut
+from justrl_trl.runs.progress import RolloutStepPrinter, plan_lines
+from justrl_trl.runs.recorder import RecordRun
 from justrl_trl.runs.servers import connect, plan_sharing, start_servers
-from justrl_trl.runs.setup import check_machine, load_data, one_paragraph_errors, quiet_libraries, resolve_model
+from justrl_trl.runs.setup import check_machine, load_data, resolve_model
+from justrl_trl.runs.summary import table_lines, write_summary
 from justrl_trl.runs.validation import Validate
+from justrl_trl.terminal import quiet_libraries, report_errors, say
 from justrl_trl.training.rewards import reward_functions
 from justrl_trl.training.trainer import JustRLTrainer
 
@@ -94,7 +98,8 @@ def main() -> None:
     on_rank_zero(lambda: pools.append(connect(model_path, training, servers)), training.distributed_state)
     pool = pools[0] if pools else None
     recorder = RecordRun(folder, model.model_name_or_path, on_row=RolloutStepPrinter(training.num_rollout_steps))
-    callbacks = [*([validation] if validation else []), recorder]  # the last picture has the last validation
+    # the recorder comes last, so that its final figure includes the last scores
+    callbacks = [HeldOut(folder), *([validation] if validation else []), recorder]
     trainer = JustRLTrainer(
         model=model_path,
         args=training,
@@ -126,5 +131,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_paragraph_errors():
+    with report_errors():
         main()

@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 
+from justrl_trl.errors import ServerError
 from justrl_trl.preflight.gpu_driver import check_gpu_driver
 from justrl_trl.runs.arguments import parse
-from justrl_trl.runs.progress import Waiting
 from justrl_trl.runs.servers import server_spec
-from justrl_trl.runs.setup import one_paragraph_errors, quiet_libraries, resolve_model
+from justrl_trl.runs.setup import resolve_model
 from justrl_trl.servers.auth import KEY_VARIABLE
-from justrl_trl.servers.process import ManagedServer, ServerError, check_compiler
-from justrl_trl.servers.vllm_plugin import GLOO_BACKEND, NCCL_BACKEND
+from justrl_trl.servers.devices import pick_devices
+from justrl_trl.servers.process import ManagedServer, check_compiler
+from justrl_trl.terminal import Waiting, quiet_libraries, report_errors
 
 
 @dataclass
@@ -48,7 +49,7 @@ def main() -> None:
             f"string here and for the trainer: export {KEY_VARIABLE}=$(openssl rand -hex 32)"
         )
     check_compiler()
-    devices = pick_devices(serve.gpus, serve.servers, torch.cuda.device_count())
+    devices = pick_devices(serve.servers, gpus=torch.cuda.device_count(), chosen=serve.gpus, option="servers")
     model_path = resolve_model(model, training)
 
     servers = []
@@ -83,26 +84,6 @@ def keep_running(servers: list[ManagedServer]) -> None:
                 server.restart()
 
 
-def pick_devices(gpus: str, servers: int, available: int) -> list[dict]:
-    """A GPU for each server, or a core where there is no GPU.
-
-    Raises:
-        ServerError: for GPUs that are not there, or fewer GPUs than servers.
-    """
-    if available == 0:
-        cores = sorted(os.sched_getaffinity(0), reverse=True)
-        return [{"gpu": None, "core": cores[i % len(cores)], "weight_backend": GLOO_BACKEND} for i in range(servers or 1)]
-    chosen = list(range(available)) if gpus == "all" else []
-    for part in gpus.split(",") if gpus != "all" else ():
-        first, _, last = part.partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
-            raise ServerError(f"--gpus {gpus!r} is not a list of GPUs. Write all, 0-7 or 0,2,5.")
-        chosen += range(int(first), int(last or first) + 1)
-    if any(gpu >= available for gpu in chosen) or (servers or 1) > len(chosen):
-        raise ServerError(f"--gpus {gpus} --servers {servers}: this node has {available} GPUs, and each server needs its own.")
-    return [{"gpu": gpu, "core": 0, "weight_backend": NCCL_BACKEND} for gpu in chosen[: servers or len(chosen)]]
-
-
 if __name__ == "__main__":
-    with one_paragraph_errors():
+    with report_errors():
         main()

@@ -151,9 +151,6 @@ class Served(SameResponses, JustRLTrainer):
         torch.manual_seed(1234 + self.accelerator.process_index)  # as `SameResponses`
         return rows
 
-    def _require_current_weights(self) -> None:
-        pass
-
     def push_weights(self) -> None:
         for name in ("max", "mean"):
             self._metrics["train"][f"sync/logprob_gap_{name}"].append(0.0)
@@ -340,6 +337,8 @@ def build(case: Case, folder: str):
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
+    if case.trainer == "served":
+        trainer.weight_push.require_current = lambda: None  # the servers have no weights that could be old
     trainer.waves = case.waves
     trainer.warmup_share = case.warmup_share
     trainer.plant_nan_at = {int(step): rank for step, rank in case.plant_nan_at.items()}

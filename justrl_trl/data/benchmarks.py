@@ -19,7 +19,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from justrl_trl.data.sources import DataError, Source, open_source, problem_columns, problem_text
+from justrl_trl.data.sources import Source, open_source, problem_columns, problem_text
+from justrl_trl.errors import DataError
 
 _BATCH_ROWS = 1_000
 _SHOWN_ROWS = 10

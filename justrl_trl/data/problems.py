@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from datasets import Dataset, DatasetInfo
 
-from justrl_trl.data.sources import DataError, Source, answer_text, is_gsm8k, open_source, problem_columns, problem_text
+from justrl_trl.data.sources import Source, answer_text, is_gsm8k, open_source, problem_columns, problem_text
+from justrl_trl.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError
 
+from justrl_trl.errors import DataError
 from justrl_trl.grading.strict import last_boxed
 
 # Column pairs (problem, answer); the first pair present wins. `answer` goes before `solution` because sets that have
@@ -32,10 +33,6 @@ _SCHEMAS = (
 _FILE_TYPES = (".parquet", ".jsonl", ".json")
 _GSM8K_MARK = "####"
 _SHOWN_FILES = 10
-
-
-class DataError(ValueError):
-    """The data cannot be used; the message names the source, the reason, the rows and the remedy."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from trl import TrlParser
 
 from justrl_trl.data.benchmarks import BENCHMARKS
 from justrl_trl.data.tiny import ARITHMETIC
+from justrl_trl.errors import ConfigError
 from justrl_trl.evaluation.sampling import Request, Task
 from justrl_trl.evaluation.tasks import OWN_SAMPLES
 
@@ -101,17 +102,17 @@ class EvaluateArguments:
         for name, minimum in least.items():
             value = getattr(self, name)
             if value is not None and value < minimum:
-                raise ValueError(f"{name}={value} makes no sense: it counts something. Give at least {minimum}.")
+                raise ConfigError(f"{name}={value} makes no sense: it counts something. Give at least {minimum}.")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError(
+            raise ConfigError(
                 f"temperature={self.temperature}, top_p={self.top_p}: the first must not be negative, the second must lie in "
                 "(0, 1]. The paper uses 0.7 and 0.9."
             )
         for url in self.rollout_servers or ():
             if not url.startswith(("http://", "https://")):
-                raise ValueError(f"rollout_servers: {url!r} is not an address. Write it as http://HOST:PORT.")
+                raise ConfigError(f"rollout_servers: {url!r} is not an address. Write it as http://HOST:PORT.")
         if self.rollout_servers and self.managed_servers:
-            raise ValueError(
+            raise ConfigError(
                 f"managed_servers={self.managed_servers} and rollout_servers={self.rollout_servers}: start servers or use "
                 "running ones, not both. Leave one out."
             )
@@ -121,13 +122,13 @@ def parse() -> EvaluateArguments:
     """From the command line and `--config FILE`; options win.
 
     Raises:
-        ValueError: for an unknown key or option, or a value that makes no sense.
+        ConfigError: for an unknown key or option, or a value that makes no sense.
     """
     argv = [part for arg in sys.argv[1:] for part in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     if "--config" in argv:
         path = Path("".join(argv[argv.index("--config") + 1 :][:1]))
         if not path.is_file():
-            raise ValueError(f"--config {path}: there is no such file. Give a YAML file with the options' names as keys.")
+            raise ConfigError(f"--config {path}: there is no such file. Give a YAML file with the options' names as keys.")
     words = "Evaluate a model as the paper does. Every option is also a key of a YAML file given as --config FILE; options win."
     return TrlParser(EvaluateArguments, description=words).parse_args_and_config(argv)[0]
 

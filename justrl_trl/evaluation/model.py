@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from justrl_trl.data.sources import DataError
 from justrl_trl.data.tiny import TINY_BASE, tiny_base
+from justrl_trl.errors import DataError
 
 _SAMPLED_BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # of each weight file; training changes every tensor
 

@@ -23,13 +23,12 @@ from tqdm import tqdm
 
 from justrl_trl.data.benchmarks import Problem
 from justrl_trl.data.problems import EVAL_BOXED_SUFFIX, format_prompt
-from justrl_trl.data.sources import DataError
+from justrl_trl.errors import DataError, ServerError
 from justrl_trl.evaluation.store import Key
 from justrl_trl.rollouts.client import Sampling
 from justrl_trl.rollouts.dispatch import Rollouts
 from justrl_trl.rollouts.pool import RolloutPool, WeightsNeeded
 from justrl_trl.rollouts.seeds import seed_for
-from justrl_trl.servers.process import ServerError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

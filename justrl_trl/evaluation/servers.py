@@ -9,31 +9,21 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from justrl_trl.data.sources import DataError
+from justrl_trl.errors import DataError, ServerError
 from justrl_trl.evaluation.arguments import EvaluateArguments
 from justrl_trl.evaluation.model import EvaluatedModel
 from justrl_trl.evaluation.sampling import Request, check_fits
 from justrl_trl.rollouts.client import RolloutClient
+from justrl_trl.rollouts.connect import check_model
+from justrl_trl.rollouts.connect import connect as connect_pool
 from justrl_trl.rollouts.pool import RolloutPool
-from justrl_trl.runs.progress import Waiting
-from justrl_trl.runs.servers import canonical, wait_for
-from justrl_trl.servers.process import ManagedServer, ServerError, ServerSpec, check_compiler, pick_hardware
+from justrl_trl.servers.devices import pick_devices
+from justrl_trl.servers.process import ManagedServer, ServerSpec, check_compiler
 
 
-def server_places(count: int) -> list[dict]:
-    """The device of each managed server, as `ServerSpec` wants it: a GPU, or a core where there is none.
-
-    Args:
-        count: 0: one per GPU, one without any.
-
-    Raises:
-        ServerError: more servers than GPUs.
-    """
-    gpus = torch.cuda.device_count()
-    count = count or gpus or 1
-    if gpus and count > gpus:
-        raise ServerError(f"managed_servers={count}: this machine has {gpus} GPUs, and each server needs its own. Use {gpus}.")
-    return [pick_hardware(0, gpus, index, count) for index in range(count)]
+def devices(args: EvaluateArguments) -> list[dict]:
+    """The device of each managed server, see `servers.devices.pick_devices`."""
+    return pick_devices(args.managed_servers, gpus=torch.cuda.device_count())
 
 
 def start_servers(model: EvaluatedModel, args: EvaluateArguments, log_folder: Path, max_model_len: int) -> list[ManagedServer]:
@@ -44,7 +34,7 @@ def start_servers(model: EvaluatedModel, args: EvaluateArguments, log_folder: Pa
         max_model_len: tokens of prompt and response.
 
     Raises:
-        ServerError: more servers than GPUs, no compiler.
+        ServerError: there are more servers than GPUs, or there is no compiler.
     """
     check_compiler()
     common = dict(
@@ -59,7 +49,7 @@ def start_servers(model: EvaluatedModel, args: EvaluateArguments, log_folder: Pa
         gpu_memory_utilization=args.vllm_gpu_memory_utilization,
         seed=args.seed,
     )
-    places = enumerate(server_places(args.managed_servers), 1)
+    places = enumerate(devices(args), 1)
     specs = [ServerSpec(**common, **place, log_path=log_folder / f"vllm_server_{i}.log") for i, place in places]
     return [ManagedServer(spec) for spec in specs]
 
@@ -67,11 +57,11 @@ def start_servers(model: EvaluatedModel, args: EvaluateArguments, log_folder: Pa
 def connect(
     model: EvaluatedModel, args: EvaluateArguments, servers: list[ManagedServer], requests: list[Request]
 ) -> RolloutPool:
-    """The pool of this evaluation: managed servers once they are healthy, or given ones, without those that do not answer
-    within `vllm_server_timeout`. Each must serve what is to be judged and have room for every request.
+    """The pool of this evaluation; see `rollouts.connect.connect`. Each server holds the weights to be judged, and has room for
+    every request.
 
     Raises:
-        ServerError: which of these is not so, and what to do. Managed servers are stopped then.
+        ServerError: a server lacks one of these, or none answers. Managed servers are stopped then.
     """
 
     def check(client: RolloutClient) -> None:
@@ -81,22 +71,17 @@ def connect(
         except DataError as error:
             raise ServerError(str(error)) from error
 
-    try:
-        for server in servers:
-            server.wait(args.vllm_server_timeout, Waiting(f"starting the vLLM server at {server.url}"))
-        addresses = [(server.url, server.key) for server in servers] or [(url, None) for url in args.rollout_servers]
-        clients = [RolloutClient(url, key, request_seconds=args.request_timeout) for url, key in addresses]
-        absent = wait_for(clients, check, args.vllm_server_timeout)
-    except BaseException:
-        for server in servers:
-            server.stop()
-        raise
-    pool = RolloutPool(clients, servers, max_num_seqs=args.server_max_num_seqs, wait_seconds=args.server_wait, say=tqdm.write)
-    for member in pool.members:
-        if member.client in absent:
-            pool.lose(member, f"{absent[member.client]} The evaluation starts without it, and uses it when it is there.")
-    pool.require(check)
-    pool.current([member for member in pool.members if member.client not in absent], args.weight_version)
+    pool = connect_pool(
+        servers,
+        args.rollout_servers,
+        check,
+        seconds=args.vllm_server_timeout,
+        request_seconds=args.request_timeout,
+        max_num_seqs=args.server_max_num_seqs,
+        wait_seconds=args.server_wait,
+        say=tqdm.write,
+    )
+    pool.current(pool.reachable(), args.weight_version)
     return pool
 
 
@@ -109,13 +94,7 @@ def check_server(client: RolloutClient, model: EvaluatedModel, dtype: str, versi
     Raises:
         ServerError: another model, precision or version of the weights; or it decodes nothing.
     """
-    with client.understanding("/server_info"):
-        served = client.vllm_config()["model_config"]
-    if canonical(served["model"]) != canonical(model.path):
-        raise ServerError(
-            f"The server at {client.url} serves {served['model']!r}, and {model.name!r} is to be evaluated. Start it with "
-            f"--model {model.path}, or evaluate --model {served['model']}."
-        )
+    served = check_model(client, model.path, remedy="evaluate --model {served}")["model_config"]
     there = str(served.get("dtype", dtype)).removeprefix("torch.")
     if there != dtype:
         raise ServerError(

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
+from justrl_trl.errors import JustRLError
+
 Key = tuple[str, int, int]  # benchmark, problem, sample
 
 
@@ -33,7 +35,7 @@ class Asked(Protocol):
     prompt_hash: str
 
 
-class StoreError(ValueError):
+class StoreError(JustRLError, ValueError):
     """The folder cannot take or give the samples of this evaluation; the message says why and what to do."""
 
 

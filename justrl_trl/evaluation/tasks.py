@@ -4,8 +4,8 @@ from pathlib import Path
 
 from justrl_trl.data.benchmarks import Problem, load, select
 from justrl_trl.data.problems import load_problems
-from justrl_trl.data.sources import DataError
 from justrl_trl.data.tiny import ARITHMETIC, arithmetic_problems
+from justrl_trl.errors import DataError
 from justrl_trl.evaluation.sampling import Task
 
 OWN_SAMPLES = 4  # N for problems that are not the paper's

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import requests
 
+from justrl_trl.errors import ConfigError, ServerError
 from justrl_trl.evaluation.verifier_prompt import COMPASS_VERIFIER_PROMPT
-from justrl_trl.servers.process import ServerError
 
 KEY_VARIABLE = "JUSTRL_VERIFIER_KEY"
 PROTOCOLS = ("exact", "with_question")
@@ -83,9 +83,9 @@ class Verifier:
         retry_seconds: float = 120.0,
     ):
         if protocol not in PROTOCOLS:
-            raise ValueError(f"verifier_protocol={protocol!r} is unknown. Use {PROTOCOLS[0]!r} or {PROTOCOLS[1]!r}.")
+            raise ConfigError(f"verifier_protocol={protocol!r} is unknown. Use {PROTOCOLS[0]!r} or {PROTOCOLS[1]!r}.")
         if not url.startswith(("http://", "https://")):
-            raise ValueError(f"verifier_server={url!r} is not an address. Write it as http://HOST:PORT.")
+            raise ConfigError(f"verifier_server={url!r} is not an address. Write it as http://HOST:PORT.")
         self.url, self.model, self.protocol = url.rstrip("/").removesuffix("/v1"), model, protocol
         self._key = key or os.environ.get(KEY_VARIABLE, "")
         self._concurrency, self._request_seconds, self._retry_seconds = concurrency, request_seconds, retry_seconds

@@ -14,7 +14,6 @@ their parent, however it ends.
     print(pool.counts())
 """
 
-import atexit
 import json
 import logging
 import os
@@ -226,26 +225,3 @@ class GradingPool:
     def _dismiss(self, worker: WorkerProcess) -> None:
         self._crew.remove(worker)
         worker.stop()
-
-
-_shared: GradingPool | None = None
-_shared_lock = threading.Lock()
-
-
-def shared_pool() -> GradingPool:
-    """The pool of one worker behind `grade_answer` and `math_verify_answer`; each process has its own, closed at exit."""
-    global _shared
-    with _shared_lock:
-        if _shared is None:
-            _shared = GradingPool(workers=1)
-            atexit.register(_shared.close)
-        return _shared
-
-
-def _forget_shared_pool() -> None:
-    """In a forked child: its parent's workers answer to the parent."""
-    global _shared, _shared_lock
-    _shared, _shared_lock = None, threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forget_shared_pool)

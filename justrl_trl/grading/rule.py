@@ -1,19 +1,13 @@
 r"""The evaluation grader of the reference: is the last `\boxed{...}` of a response equal to the ground truth?
 
-`grade_answer` is what the paper's Table 3 was counted with (together with a verifier model, which can only add). It is more
-lenient than the reward (`rewards.dapo_score`) and still far from algebra: spelling is forgiven by two normal forms
-(`grading_text`), tuples are compared element by element, an integer must be an integer and a fraction must be reduced; only
-the rest is subtracted and simplified (`grading_algebra`). `math_verify_answer` is the other grader of the reference, used by
-its validation during training.
+The paper's Table 3 was counted with this rule (and with a verifier model, which can only add). It is more lenient than the
+reward (`strict.dapo_score`) and still far from algebra: two normal forms forgive spelling (`normal_forms`), tuples are compared
+element by element, an integer must be an integer and a fraction must be reduced; only the rest is subtracted and simplified
+(`algebra`).
 
 Departure from the reference: model text is never evaluated. The reference hands it to sympy's `parse_expr`, which is `eval`.
 Here the text stage runs in this process, in linear time, and decides nearly everything; what needs algebra or a real LaTeX
-reader goes to a worker process with a deadline and a memory limit (`grading_pool`). A single call starts one such worker when
-it first needs it and keeps it; to grade many responses, use a `GradingPool`:
-
-    grade_answer(r"... so \boxed{\frac{2}{4}}", r"\frac{1}{2}")   # False: not reduced
-    with GradingPool(workers=8) as pool:
-        verdicts = pool.grade([(response, truth), ...])
+reader goes to a worker process with a deadline and a memory limit (`pool.GradingPool`; `single` for one response).
 
 On the recorded answers of the reference there is no disagreement. `DIFFERENCES` lists what can differ, and why.
 
@@ -124,38 +118,3 @@ def _compare_element(given: str, truth: str, equal: Callable[[str, str], bool | 
     if len(letters) > 2 or _HEAVY_POWER.search(difference):
         return False  # words, or functions of several variables: the reference does not try either
     return equal(truth, given)
-
-
-def grade_answer(response: str, ground_truth: Any) -> bool:
-    r"""Whether the last `\boxed{...}` of a response is the ground truth, by the rule grader of the reference.
-
-    Safe on any model text: nothing is evaluated, and what the text stage leaves open runs in a worker process with a memory
-    limit that is killed after a few seconds (`grading_pool.shared_pool`), which makes the answer wrong.
-
-    Args:
-        response: decoded response; any `str`, NUL and lone surrogates included.
-        ground_truth: bare or inside a `\boxed{...}`; None and "" are no answer, so every response is wrong.
-
-    Raises:
-        RuntimeError: when no worker process can be started.
-    """
-    return _shared_verdict(response, ground_truth, "rule")
-
-
-def math_verify_answer(response: str, ground_truth: str) -> bool:
-    r"""Whether math-verify finds the ground truth in a response, as the reference's validation during training does.
-
-    The truth is read as LaTeX inside a `\boxed{}`, the response as a plain expression or LaTeX, and numbers are compared to 6
-    decimals. Always runs in a worker process: one deadline for all of it takes the place of math-verify's own timeouts, which
-    need the main thread and a signal. A response that meets the deadline is wrong; the reference gave up stage by stage.
-
-    Raises:
-        RuntimeError: when no worker process can be started.
-    """
-    return _shared_verdict(response, ground_truth, "math_verify")
-
-
-def _shared_verdict(response: str, ground_truth: Any, grader: str) -> bool:
-    from justrl_trl.grading.pool import shared_pool  # here, because the pool's text stage is this module
-
-    return shared_pool().grade([(response, ground_truth)], grader)[0].correct

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from justrl_trl.errors import ConfigError
 from justrl_trl.policy.packing import PackedRow
 
 PACKED_SDPA = "justrl_packed_sdpa"
@@ -99,7 +100,7 @@ def choose_attention(asked: str | None, half_precision: bool) -> str:
         half_precision: the model computes in bfloat16 or float16.
 
     Raises:
-        ValueError: this machine or this precision cannot run what is asked for, or nobody knows it. Nothing else is taken
+        ConfigError: this machine or this precision cannot run what is asked for, or nobody knows it. Nothing else is taken
             instead: transformers would look for a kernel on the Hub.
     """
     if _is_flash(asked):
@@ -110,11 +111,11 @@ def choose_attention(asked: str | None, half_precision: bool) -> str:
         return PACKED_SDPA if why_not else PACKED_VARLEN
     if asked == "varlen":
         if why_not:
-            raise ValueError(f"attn_implementation='varlen': {why_not}. Use --attn_implementation auto, which takes SDPA here.")
+            raise ConfigError(f"attn_implementation='varlen': {why_not}. Use --attn_implementation auto, which is SDPA here.")
         return PACKED_VARLEN
     if asked == "sdpa":
         return PACKED_SDPA
-    raise ValueError(
+    raise ConfigError(
         f"attn_implementation={asked!r} does not know packed rows: it would need a mask of T x T for a row of T tokens. Use "
         f"one of {', '.join(_ASKED)}, flash_attention_2, flash_attention_3."
     )
@@ -151,7 +152,7 @@ def _check_flash(implementation: str) -> None:
     elif importlib.util.find_spec(package) is None:
         reason = f"the package {package!r} is not installed"
     if reason:
-        raise ValueError(
+        raise ConfigError(
             f"attn_implementation={implementation!r}: {reason}. Install it, or use --attn_implementation auto: PyTorch's own "
             "kernels, without padding and without a T x T mask."
         )
@@ -161,7 +162,7 @@ def use_packed_attention(model: PreTrainedModel, half_precision: bool = False) -
     """Switch `model` to an attention that understands packed rows, unless it has one.
 
     Raises:
-        ValueError: if it has the varlen kernel and this machine or precision cannot run it.
+        ConfigError: if it has the varlen kernel and this machine or precision cannot run it.
     """
     name = model.config._attn_implementation
     if name == PACKED_VARLEN:
@@ -193,12 +194,12 @@ def _check_layers(model: PreTrainedModel) -> None:
     windowed = getattr(config, "sliding_window", None) and not hasattr(config, "layer_types")
     kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"])
     if kinds != {"full_attention"}:
-        raise ValueError(
+        raise ConfigError(
             f"The model has attention layers of kinds {sorted(kinds)}; packed rows without FlashAttention support full "
             "attention only. Install flash-attn and set attn_implementation: flash_attention_2."
         )
     if config._attn_implementation == PACKED_VARLEN and getattr(config, "attention_dropout", 0.0):
-        raise ValueError(
+        raise ConfigError(
             f"The model's config has attention_dropout={config.attention_dropout}, and the varlen kernel has no dropout. The "
             "reference trains without: set it to 0.0 in the model's config.json, or use --attn_implementation sdpa."
         )

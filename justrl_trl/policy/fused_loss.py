@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
+from justrl_trl.errors import ConfigError
+
 # what TRL's head applies to logits and Liger's does not, with the value that means "nothing"
 _LOGIT_CHANGES = {"final_logit_softcapping": None, "logit_scale": 1.0, "output_multiplier": 1.0, "lm_head_multiplier": 1.0}
 _LOGIT_CHANGES["logits_scaling"] = 1.0
@@ -130,7 +132,7 @@ def check_liger_support(model: PreTrainedModel, cast_lm_head_to_fp32: bool = Fal
     """Liger's kernel knows a plain linear head only.
 
     Raises:
-        ValueError: naming what the model has, and the switch.
+        ConfigError: naming what the model has, and the switch.
     """
     config = model.config.get_text_config()
     found = [
@@ -142,7 +144,7 @@ def check_liger_support(model: PreTrainedModel, cast_lm_head_to_fp32: bool = Fal
     if cast_lm_head_to_fp32:
         found.append("cast_lm_head_to_fp32=True")
     if found:
-        raise ValueError(
+        raise ConfigError(
             f"loss_backend='liger' computes plain linear logits, and this model has {', '.join(found)}: its loss would be that "
             "of another model. Use --loss_backend trl, which supports it (adapters on the head: no backend does; take "
             "'lm_head' out of the LoRA target modules)."
@@ -153,10 +155,10 @@ def check_dense(model: PreTrainedModel) -> None:
     """Mixture-of-experts models train with an auxiliary loss on their router, which this objective has not.
 
     Raises:
-        ValueError: if the model is one that returns router logits.
+        ConfigError: if the model is one that returns router logits.
     """
     if getattr(model.config.get_text_config(), "output_router_logits", False):
-        raise ValueError(
+        raise ConfigError(
             f"{model.config.model_type} asks for a load-balancing loss (output_router_logits=True), and the JustRL objective "
             "has none: the router would train without it. Use a dense model, or set output_router_logits: false in its config."
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from justrl_trl.config import JustRLConfig
+from justrl_trl.errors import ConfigError
 
 _STATE_BYTES = 12  # per trained parameter: float32 master and two Adam moments
 GB = 10**9
@@ -53,10 +54,10 @@ class CheckpointDisk:
         """A disk that fills up in a week may grow or be cleared until then, so that is a warning; one that is full is not.
 
         Raises:
-            ValueError: not even the first checkpoint fits.
+            ConfigError: not even the first checkpoint fits.
         """
         if self.one > self.free:
-            raise ValueError(
+            raise ConfigError(
                 f"No checkpoint fits on the disk of the run folder: one takes about {_size(self.one)}, and {_size(self.free)} "
                 "are free. Give another --output_dir, or free some space."
             )

@@ -10,12 +10,14 @@ import sys
 
 import torch
 
+from justrl_trl.errors import ConfigError
+
 
 def check_gpu_driver() -> None:
     """On purpose without a GPU is an empty CUDA_VISIBLE_DEVICES.
 
     Raises:
-        ValueError: `nvidia-smi` lists a GPU, and torch cannot use it.
+        ConfigError: `nvidia-smi` lists a GPU, and torch cannot use it.
     """
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1") or torch.cuda.is_available():
         return
@@ -31,7 +33,7 @@ def check_gpu_driver() -> None:
             "likely too old for that. Update the driver, or run in a container with its forward compatibility package "
             "(cuda-compat)"
         )
-    raise ValueError(
+    raise ConfigError(
         f"nvidia-smi lists {len(listed)} GPUs ({listed[0].split(' (UUID')[0]}), but torch cannot use them: {reason}. "
         "Everything would run on the CPU instead, many times slower. If that is what you want, say so: CUDA_VISIBLE_DEVICES=''"
     )
@@ -51,5 +53,5 @@ def _nvidia_smi(*options: str) -> str:
 if __name__ == "__main__":
     try:
         check_gpu_driver()
-    except ValueError as error:
+    except ConfigError as error:
         sys.exit(f"\nerror: {error}")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+from justrl_trl.errors import ConfigError
+
 GIB = 1 << 30
 _LIVE_PARAMETERS = 1e9  # DeepSpeed's stage3_max_live_parameters: gathered at a time
 _RUNTIME_BYTES = 3 * GIB  # an allowance for the CUDA context, NCCL's and cuBLAS' buffers, and fragments
@@ -139,14 +141,14 @@ def share_gpu(
         most: `vllm_gpu_memory_utilization`.
 
     Raises:
-        ValueError: the two do not fit on one GPU, with what each needs and what would help.
+        ConfigError: the two do not fit on one GPU, with what each needs and what would help.
     """
     needs, least = sum(trainer.values()), sum(server.values())
     left = (1 - _MARGIN) * card - needs
     share = asked if asked is not None else min((least + _SPARE_FOR_SERVER * (left - least)) / card, most)
     share = math.floor(100 * share) / 100
     if min(share * card, left if asked is None else card) < least:
-        raise ValueError(
+        raise ConfigError(
             f"One GPU of {card / GIB:.0f} GiB does not hold a training rank and its rollout server. The rank needs about "
             f"{needs / GIB:.0f} GiB ({_terms(trainer)}). The server needs {least / GIB:.0f} GiB ({_terms(server)}), and would "
             f"get {max(share, 0.0):.2f} of the GPU. Leave GPUs to servers (--num_processes 4 --managed_servers 4 on 8 GPUs), "

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from justrl_trl.config import JustRLConfig
+from justrl_trl.errors import ConfigError
 from justrl_trl.servers.broadcast_group import address_family
 
 _FOLDER_SECONDS = 30.0  # for a network file system to show a new file everywhere
@@ -21,17 +22,17 @@ def check_weight_address(training: JustRLConfig) -> None:
     """On rank 0: workers on other machines can reach it for weights, and it can listen there.
 
     Raises:
-        ValueError: `weight_sync_address` is this machine's own, an address of another one, or its port is taken.
+        ConfigError: `weight_sync_address` is this machine's own, an address of another one, or its port is taken.
     """
     address, port = training.weight_sync_address, training.vllm_group_port
     if any(ipaddress.ip_address(found.split("%")[0]).is_unspecified for found in _resolve(address)):
-        raise ValueError(
+        raise ConfigError(
             f"weight_sync_address={address!r} would open the weights to every network of this machine, and is no address that "
             f"workers can come to. Give one of rank 0's addresses, e.g. {_an_address() or '127.0.0.1'}."
         )
     remote = [url for url in training.rollout_servers or () if not _is_here(urlsplit(url).hostname or "")]
     if remote and _is_loopback(address):
-        raise ValueError(
+        raise ConfigError(
             f"weight_sync_address={address!r} is an address that only this machine reaches, and {', '.join(remote)} run on "
             "others: they would wait for weights until weight_sync_timeout. Give the address of rank 0's machine in their "
             f"network: --weight_sync_address {_an_address() or 'ADDRESS'}"
@@ -40,7 +41,7 @@ def check_weight_address(training: JustRLConfig) -> None:
         socket.create_server((address, port), family=address_family(address)).close()
     except OSError as error:
         where = f"port {port} (vllm_group_port) of " if port else ""
-        raise ValueError(
+        raise ConfigError(
             f"Rank 0 cannot listen on {where}weight_sync_address={address!r} ({error.strerror or error}), where rollout "
             "workers come for weights. Give an address of rank 0's own machine"
             + (", and a port that nothing uses, or 0 for a free one." if port else f", e.g. {_an_address() or '127.0.0.1'}.")
@@ -77,7 +78,7 @@ def check_shared_folder(path: Path, state: PartialState) -> None:
     """On all ranks: what rank 0 writes into the run folder, every rank reads. Checkpoints are written there by all of them.
 
     Raises:
-        ValueError: on every rank, with the machines that do not see it.
+        ConfigError: on every rank, with the machines that do not see it.
     """
     if state.num_processes == 1:
         return
@@ -99,7 +100,7 @@ def check_shared_folder(path: Path, state: PartialState) -> None:
         for folder in made:
             folder.rmdir()
     if blind:
-        raise ValueError(
+        raise ConfigError(
             f"output_dir={str(path)!r} is not one folder for all ranks: what rank 0 writes there is not seen on "
             f"{', '.join(blind)}. Every rank writes its part of a checkpoint, and goes on from all of them: use a file system "
             "that all machines mount at the same place."

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import requests
 
+from justrl_trl.errors import ServerError
 from justrl_trl.servers.auth import KEY_VARIABLE
-from justrl_trl.servers.process import ServerError
 
 
 @dataclass(frozen=True, kw_only=True)

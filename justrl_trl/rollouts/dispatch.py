@@ -11,10 +11,10 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from justrl_trl.errors import ServerError
 from justrl_trl.rollouts.client import RequestRefused, Sampling
 from justrl_trl.rollouts.pool import DOWN, LIVE, STALE, Member, RolloutPool, WeightsNeeded
 from justrl_trl.rollouts.seeds import request_seeds
-from justrl_trl.servers.process import ServerError
 
 
 def generate(

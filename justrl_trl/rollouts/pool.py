@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from justrl_trl.errors import ServerError
 from justrl_trl.rollouts.client import RolloutClient, Unreachable
-from justrl_trl.servers.process import ManagedServer, ServerError
+from justrl_trl.servers.process import ManagedServer
 
 LIVE, STALE, DOWN = "live", "stale", "down"
 

@@ -9,6 +9,7 @@ import yaml
 from trl import ModelConfig, TrlParser
 
 from justrl_trl.config import JustRLConfig
+from justrl_trl.errors import ConfigError
 
 
 @dataclass
@@ -45,7 +46,7 @@ def parse(default_recipe: Path, *more: type) -> tuple:
         `RunArguments`, `JustRLConfig`, `ModelConfig`, and one of each of `more`.
 
     Raises:
-        ValueError: for an unknown key or option, or a rule that is broken.
+        ConfigError: for an unknown key or option, or a rule that is broken.
     """
     argv = sys.argv[1:]
     # an option is --config FILE for TrlParser, which does not know the --config=FILE spelling
@@ -59,7 +60,7 @@ def parse(default_recipe: Path, *more: type) -> tuple:
         argv[argv.index("--config") + 1] = whole.name
         parsed = TrlParser((RunArguments, JustRLConfig, ModelConfig, *more)).parse_args_and_config(argv)
     if not parsed[2].model_name_or_path:
-        raise ValueError("model_name_or_path is not set: give a Hub id, a local folder, or embedded:tiny-base.")
+        raise ConfigError("model_name_or_path is not set: give a Hub id, a local folder, or embedded:tiny-base.")
     return tuple(parsed)
 
 
@@ -70,19 +71,19 @@ def read_recipe(path: Path, seen: tuple[Path, ...] = ()) -> dict:
         seen: recipes that led here.
 
     Raises:
-        ValueError: no such file, one that holds no keys, or recipes that are each other's base.
+        ConfigError: no such file, one that holds no keys, or recipes that are each other's base.
     """
     path = path.resolve()
     if path in seen:
-        raise ValueError(f"Recipes are each other's base: {' -> '.join(p.name for p in (*seen, path))}. Break the circle.")
+        raise ConfigError(f"Recipes are each other's base: {' -> '.join(p.name for p in (*seen, path))}. Break the circle.")
     if not path.is_file():
         asked = f"base of {seen[-1]}: {path}" if seen else f"--config {path}"
-        raise ValueError(f"{asked}: there is no such file. Recipes are in recipes/*.yaml.")
+        raise ConfigError(f"{asked}: there is no such file. Recipes are in recipes/*.yaml.")
     try:
         keys = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(keys, dict):
-        raise ValueError(f"{path} holds no keys. A recipe is a list of `name: value` lines, see recipes/tiny.yaml.")
+        raise ConfigError(f"{path} holds no keys. A recipe is a list of `name: value` lines, see recipes/tiny.yaml.")
     base = keys.pop("base", None)
     return keys if base is None else read_recipe(path.parent / base, (*seen, path)) | keys

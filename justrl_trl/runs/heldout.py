@@ -1,7 +1,39 @@
-"""Problems that are never trained on, sampled before and after."""
+"""Problems that are never trained on, sampled before and after training with the training's own settings and rewards."""
+
+from transformers import TrainerCallback
 
 from justrl_trl.distributed import on_rank_zero
+from justrl_trl.jsonl import append_jsonl
 from justrl_trl.rollouts.dispatch import Rollouts
+from justrl_trl.runs.folder import RunFolder
+from justrl_trl.training.sampling import sample_on_rank_zero, sampling_of
+
+
+class HeldOut(TrainerCallback):
+    """Records the accuracy on held-out problems before the first rollout step and after the last one.
+
+    Args:
+        folder: takes `heldout.jsonl`.
+
+    Attributes:
+        trainer: the `JustRLTrainer`; set after construction.
+    """
+
+    def __init__(self, folder: RunFolder):
+        self._folder = folder
+        self.trainer = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self._record(args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._record(args, state)
+
+    def _record(self, args, state) -> None:
+        accuracy = heldout_accuracy(self.trainer)
+        if accuracy is not None and state.is_world_process_zero:
+            append_jsonl(self._folder.heldout, {"rollout_step": args.rollout_step(state.global_step), "accuracy": accuracy})
 
 
 def heldout_accuracy(trainer) -> float | None:
@@ -14,8 +46,8 @@ def heldout_accuracy(trainer) -> float | None:
     rollouts, n = None, trainer.args.heldout_generations
     prompts = trainer._tokenize_prompts(list(trainer.heldout_dataset["prompt"]))[0]
     if trainer.accelerator.is_main_process:
-        rollouts = Rollouts(trainer.pool, prompts, trainer.sampling(n, trainer.max_completion_length, "held out"))
-    trainer.finish_rollouts("held-out problems", rollouts, len(prompts))
+        rollouts = Rollouts(trainer.pool, prompts, sampling_of(trainer, n, trainer.max_completion_length, "held out"))
+    sample_on_rank_zero(trainer, "held-out problems", rollouts, len(prompts))
     return on_rank_zero(lambda: _rewarded(trainer, rollouts.responses()), trainer.accelerator)
 
 

@@ -1,15 +1,11 @@
 """What the terminal shows: the plan, a line per rollout step, the table at the end."""
 
 from datetime import timedelta
-from pathlib import Path
-
-from accelerate.state import PartialState
 
 from justrl_trl.config import JustRLConfig
 from justrl_trl.evaluation.sampling import Task
 from justrl_trl.preflight.checkpoint_disk import CheckpointDisk
 from justrl_trl.preflight.gpu_memory import Sharing
-from justrl_trl.runs.folder import RunFolder
 
 
 def plan_lines(
@@ -118,45 +114,3 @@ class RolloutStepPrinter:
             f"| {stages} = {row['seconds/total']:.1f} s, {row['tokens_per_second/total']:,.0f} tok/s, left {left}",
             flush=True,
         )
-
-
-class Waiting:
-    """A line that counts seconds while a server starts; in a log file, one line every 15 seconds.
-
-    Args:
-        what: what is being waited for.
-    """
-
-    def __init__(self, what: str):
-        self._what, self._next = what, 0.0
-
-    def __call__(self, seconds: float) -> None:
-        if seconds >= self._next:
-            self._next = seconds + 15
-            print(f"{self._what}: {seconds:.0f} s", flush=True)
-
-
-def table_lines(summary: dict, folder: RunFolder, checkpoint: Path | None) -> list[str]:
-    """First against last, and where everything is."""
-
-    def row(name: str, first, last, form: str) -> str:
-        cells = ["-" if value is None else format(value, form) for value in (first, last)]
-        return f"  {name:<30}{cells[0]:>10}{cells[1]:>10}"
-
-    lines = [
-        f"done: {summary['rollout_steps']} rollout steps ({summary['optimizer_steps']} optimizer steps) in "
-        f"{timedelta(seconds=round(summary['seconds']))}",
-        f"  {'':<30}{'first':>10}{'last':>10}",
-        row("mean reward, 3 rollout steps", summary["reward_first"], summary["reward_last"], "+.3f"),
-        row("held-out accuracy", summary["heldout_accuracy_first"], summary["heldout_accuracy_last"], ".1%"),
-        row("policy entropy", summary["entropy_first"], summary["entropy_last"], ".3f"),
-        row("response length, tokens", summary["response_length_first"], summary["response_length_last"], ",.1f"),
-    ]
-    files = [folder.figure, folder.metrics, folder.samples, folder.summary, *([checkpoint] if checkpoint else [])]
-    return [*lines, *(f"  wrote {file}" for file in files if file.exists())]
-
-
-def say(lines: list[str]) -> None:
-    """Print on rank 0."""
-    if PartialState().is_main_process:
-        print("\n".join(lines), flush=True)

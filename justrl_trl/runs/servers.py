@@ -1,18 +1,19 @@
 """The rollout servers of a run: started here, or given by address and checked before they are used."""
 
 import os
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from justrl_trl.config import JustRLConfig
+from justrl_trl.errors import ConfigError, ServerError
 from justrl_trl.preflight.gpu_memory import ModelSize, Sharing, server_bytes, share_gpu, trainer_bytes
-from justrl_trl.rollouts.client import RolloutClient, Unreachable
+from justrl_trl.rollouts.client import RolloutClient
+from justrl_trl.rollouts.connect import check_model
+from justrl_trl.rollouts.connect import connect as connect_pool
 from justrl_trl.rollouts.pool import RolloutPool
-from justrl_trl.runs.progress import Waiting
-from justrl_trl.servers.process import ManagedServer, ServerError, ServerSpec, check_compiler, pick_hardware
+from justrl_trl.servers.devices import pick_devices
+from justrl_trl.servers.process import ManagedServer, ServerSpec, check_compiler
 from justrl_trl.servers.vllm_plugin import GLOO_BACKEND
 
 
@@ -25,16 +26,16 @@ def plan_sharing(training: JustRLConfig, size: ModelSize, *, shards: int, traine
         trained: parameters that are trained.
 
     Raises:
-        ValueError: they do not fit; or `shared_gpu_memory_utilization` is given and nothing is shared.
+        ConfigError: they do not fit; or `shared_gpu_memory_utilization` is given and nothing is shared.
     """
     gpu = None
     if not training.rollout_servers:
-        hardware = _hardware(training)
-        gpu = hardware[0]["gpu"] if hardware[0]["weight_backend"] == GLOO_BACKEND else None
+        devices = _devices(training)
+        gpu = devices[0]["gpu"] if devices[0]["weight_backend"] == GLOO_BACKEND else None
     asked = training.shared_gpu_memory_utilization
     if gpu is None:
         if asked is not None:
-            raise ValueError(
+            raise ConfigError(
                 f"shared_gpu_memory_utilization={asked} has no effect: no managed server of this run shares a GPU with a rank. "
                 "Leave it out; vllm_gpu_memory_utilization is for servers with a GPU of their own."
             )
@@ -56,10 +57,10 @@ def plan_sharing(training: JustRLConfig, size: ModelSize, *, shards: int, traine
     )
 
 
-def _hardware(training: JustRLConfig) -> list[dict]:
-    """Where each managed server goes."""
-    ranks, count = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), training.managed_servers
-    return [pick_hardware(ranks, torch.cuda.device_count(), index, count) for index in range(count)]
+def _devices(training: JustRLConfig) -> list[dict]:
+    """The device of each managed server."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return pick_devices(training.managed_servers, gpus=torch.cuda.device_count(), ranks=ranks)
 
 
 def start_servers(
@@ -74,11 +75,11 @@ def start_servers(
     count = training.managed_servers
     if training.vllm_server_port and count > 1:
         raise ServerError(f"vllm_server_port={training.vllm_server_port} is one port, managed_servers={count}. Leave it at 0.")
-    hardware = _hardware(training)
+    devices = _devices(training)
     if sharing is not None:
-        hardware[0]["gpu_memory_utilization"] = sharing.server
+        devices[0]["gpu_memory_utilization"] = sharing.server
     logs = [log_path.with_stem(f"{log_path.stem}_{index + 1}") if index else log_path for index in range(count)]
-    specs = [server_spec(model, training, revision, log, **own) for log, own in zip(logs, hardware, strict=True)]
+    specs = [server_spec(model, training, revision, log, **own) for log, own in zip(logs, devices, strict=True)]
     return [ManagedServer(spec) for spec in specs]
 
 
@@ -101,86 +102,35 @@ def server_spec(model: str, training: JustRLConfig, revision: str | None, log_pa
 
 
 def connect(model: str, training: JustRLConfig, servers: list[ManagedServer]) -> RolloutPool:
-    """The pool of this run: managed servers once they are healthy, or given ones as soon as all of them answer, and without
-    those that do not within `vllm_server_timeout`. Each serves this model, at sufficient length, with weight transfer on.
+    """The pool of this run; see `rollouts.connect.connect`. Each server has the model, the context and weight transfer.
 
     Raises:
-        ServerError: which of these is not so, or that none answers, and what to do.
+        ServerError: a server lacks one of these, or none answers.
     """
-    for server in servers:
-        server.wait(training.vllm_server_timeout, Waiting(f"starting the vLLM server at {server.url}"))
-    addresses = [(server.url, server.key) for server in servers] or [(url, None) for url in training.rollout_servers]
-    clients = [RolloutClient(url, key, request_seconds=training.request_timeout) for url, key in addresses]
-    missing = wait_for(clients, lambda client: check_server(client, model, training), training.vllm_server_timeout)
-    pool = RolloutPool(
-        clients,
+    return connect_pool(
         servers,
+        training.rollout_servers,
+        lambda client: check_server(client, model, training),
+        seconds=training.vllm_server_timeout,
+        request_seconds=training.request_timeout,
         max_num_seqs=training.server_max_num_seqs,
         heartbeat_timeout=training.server_heartbeat_timeout,
         wait_seconds=training.server_wait,
     )
-    for member in pool.members:
-        if member.client in missing:
-            pool.lose(member, f"{missing[member.client]} The run starts without it, and uses it when it is there.")
-    pool.require(lambda client: check_server(client, model, training))
-    return pool
-
-
-def wait_for(
-    clients: list[RolloutClient], check: Callable[[RolloutClient], None], seconds: float
-) -> dict[RolloutClient, Unreachable]:
-    """Wait until all servers answer and pass `check`, but no longer than `seconds` and the deadline of one answer.
-
-    Returns:
-        Those that did not answer, and why.
-
-    Raises:
-        ServerError: from `check`; or none of them answered.
-    """
-    missing: dict[RolloutClient, Unreachable | None] = dict.fromkeys(clients)
-    started, told = time.monotonic(), Waiting("waiting for rollout servers")
-    while True:
-        for client in list(missing):
-            try:
-                check(client)
-                del missing[client]
-            except Unreachable as error:  # not up yet, perhaps
-                missing[client] = error
-        waited = time.monotonic() - started
-        if not missing or waited > seconds:
-            break
-        told(waited)
-        time.sleep(1)
-    if len(missing) == len(clients):
-        raise ServerError(
-            f"No rollout server answered within vllm_server_timeout={seconds:.0f} s: "
-            f"{' '.join(str(error) for error in missing.values())} Start them with recipes/serve.py, or check the addresses."
-        )
-    return missing
 
 
 def check_server(client: RolloutClient, model: str, training: JustRLConfig) -> None:
-    """Raises `ServerError` if the server is not one that this run can use."""
-    url, config = client.url, client.vllm_config()
+    """Raises `ServerError` if this run cannot use the server."""
+    config = check_model(client, model, remedy="train with --model_name_or_path {served}")
     with client.understanding("/server_info"):
-        served, length = config["model_config"]["model"], config["model_config"]["max_model_len"]
-    if canonical(served) != canonical(model):
-        raise ServerError(
-            f"The server at {url} serves {served!r}, the trainer trains {model!r}. Weights of one do not fit the other: start "
-            f"the server with --model {model}, or train with --model_name_or_path {served}."
-        )
+        length = config["model_config"]["max_model_len"]
     if length < training.vllm_max_model_length:
         raise ServerError(
-            f"The server at {url} holds sequences of {length} tokens, the recipe needs {training.vllm_max_model_length} "
+            f"The server at {client.url} holds sequences of {length} tokens, the recipe needs {training.vllm_max_model_length} "
             f"(prompt + response). Start it with --max-model-len {training.vllm_max_model_length}."
         )
     if not config.get("weight_transfer_config"):
         raise ServerError(
-            f"The server at {url} was started without weight transfer. Add --weight-transfer-config "
+            f"The server at {client.url} was started without weight transfer. Add --weight-transfer-config "
             '\'{"backend": "justrl_gloo"}\' (or justrl_nccl on a GPU of its own).'
         )
-
-
-def canonical(model: str) -> str:
-    """A model's folder whatever way it is written, or its Hub id."""
-    return os.path.realpath(model) if os.path.isdir(model) else model

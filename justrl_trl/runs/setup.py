@@ -1,17 +1,11 @@
 """What the launch line does before there is a trainer: look at the machine, find model and data, end in one paragraph."""
 
-import contextlib
 import os
 import subprocess
 import sys
-import time
-import warnings
 from dataclasses import dataclass
-from typing import NoReturn
 
 import httpx
-import torch
-import transformers
 from datasets import Dataset
 from huggingface_hub import whoami
 from trl import ModelConfig
@@ -26,11 +20,9 @@ from justrl_trl.data.problems import (
     to_training_dataset,
 )
 from justrl_trl.data.tiny import ARITHMETIC, TINY_BASE, arithmetic_problems, tiny_base_folder
-from justrl_trl.distributed import StoppedByRankZero, leave
+from justrl_trl.errors import ConfigError
 from justrl_trl.preflight.nodes import check_weight_address
 from justrl_trl.runs.arguments import RunArguments
-from justrl_trl.servers.process import ServerError
-from justrl_trl.training.optimizer import NonFiniteGradientError
 
 
 @dataclass
@@ -46,7 +38,7 @@ def check_machine(training: JustRLConfig) -> None:
     """What rank 0 needs and its machine may lack: an address where servers come for weights, a login at the Hub.
 
     Raises:
-        ValueError: which, and what to do.
+        ConfigError: which, and what to do.
     """
     if training.distributed_state.is_main_process:
         check_weight_address(training)
@@ -58,12 +50,12 @@ def check_hub_login(training: JustRLConfig) -> None:
     """A token that the Hub knows, before hours of work are to be pushed with it.
 
     Raises:
-        ValueError: without one, or when the Hub cannot be reached.
+        ConfigError: without one, or when the Hub cannot be reached.
     """
     try:
         whoami(token=training.hub_token)
     except (OSError, httpx.HTTPError) as error:  # no token, refused, offline
-        raise ValueError(
+        raise ConfigError(
             f"push_to_hub=True, but the Hub does not answer with who you are ({type(error).__name__}: "
             f"{str(error).splitlines()[0]}). Log in with `hf auth login`, or set HF_TOKEN, or leave --push_to_hub out and push "
             "the run folder later."
@@ -119,37 +111,3 @@ def _load(name: str, config: str | None, split: str, revision: str | None, part:
         rows = arithmetic_problems(part)
         return Dataset.from_list([{**row, "row": i} for i, row in enumerate(rows)])
     return load_problems(name, config, split, revision)
-
-
-@contextlib.contextmanager
-def one_paragraph_errors():
-    """Mistakes in the input end the run with one paragraph and status 2 instead of a traceback per rank."""
-    try:
-        yield
-    except (ValueError, ServerError, NonFiniteGradientError, StoppedByRankZero, OSError) as error:
-        if os.environ.get("JUSTRL_TRACEBACK"):
-            raise
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"\nerror: {error}\n(JUSTRL_TRACEBACK=1 shows where.)", file=sys.stderr, flush=True)
-        else:
-            time.sleep(3)  # the first rank to exit has the others terminated: let rank 0 speak
-        _exit(2)
-    except KeyboardInterrupt:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print("\ninterrupted. --resume_from_checkpoint True goes on from the last checkpoint, if there is one.", flush=True)
-        _exit(130)
-
-
-def _exit(status: int) -> NoReturn:
-    if torch.distributed.is_initialized():
-        leave(status)  # or an abort in the teardown may have the last word
-    sys.exit(status)
-
-
-def quiet_libraries() -> None:
-    """Keep other libraries' chatter from burying the plan: no per-rank repeats, no notes on what nobody here can change."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed calls old names
-    warnings.filterwarnings("ignore", message=".*pin_memory.*no accelerator")
-    transformers.utils.logging.disable_progress_bar()
-    if int(os.environ.get("RANK", 0)):
-        transformers.utils.logging.set_verbosity_error()

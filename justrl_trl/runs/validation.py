@@ -20,8 +20,10 @@ from justrl_trl.evaluation.grades import vote
 from justrl_trl.evaluation.sampling import SampleRequests, check_fits, eval_sampling, prompt_ids, requests_of
 from justrl_trl.evaluation.tasks import find_tasks
 from justrl_trl.grading.pool import GradingPool
+from justrl_trl.jsonl import append_jsonl, read_jsonl
 from justrl_trl.reports.scores import BenchmarkScore, Sample, score
-from justrl_trl.runs.folder import RunFolder, append_jsonl, read_jsonl
+from justrl_trl.runs.folder import RunFolder
+from justrl_trl.training.sampling import sample_on_rank_zero
 
 _MOST_WORKERS = 16  # each is an interpreter that imports sympy; a node has other work for its cores
 
@@ -86,7 +88,7 @@ class Validate(TrainerCallback):
                     top_p=args.validation_top_p,
                 )
                 sampler = SampleRequests(trainer.pool, self._requests, sampling)
-            trainer.finish_rollouts("validation", sampler, len(self._requests))
+            sample_on_rank_zero(trainer, "validation", sampler, len(self._requests))
             scores = on_rank_zero(lambda: self._grade(sampler), trainer.accelerator)
         # not GRPOTrainer.log, which would report the completions of the last rollout step once more
         Trainer.log(trainer, metrics_of(scores))

@@ -19,17 +19,14 @@ from pathlib import Path
 
 import requests
 
+from justrl_trl.errors import ServerError
 from justrl_trl.servers.auth import KEY_VARIABLE
 from justrl_trl.servers.broadcast_group import address_family
-from justrl_trl.servers.vllm_plugin import GLOO_BACKEND, MANAGED_VARIABLE, NCCL_BACKEND
+from justrl_trl.servers.vllm_plugin import MANAGED_VARIABLE
 
 _LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 _DIRECT = requests.Session()
 _DIRECT.trust_env = False  # no proxy on the way to this machine
-
-
-class ServerError(RuntimeError):
-    """A rollout server could not be started, reached or used; the message says why and what to do."""
 
 
 @dataclass(kw_only=True)
@@ -224,28 +221,6 @@ def _visible_device(gpu: int) -> str:
     """The device id behind local index `gpu` under the current CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     return visible.split(",")[gpu].strip() if visible else str(gpu)
-
-
-def pick_hardware(local_world_size: int, gpu_count: int, index: int = 0, count: int = 1) -> dict:
-    """Which device managed server `index` of `count` takes beside `local_world_size` training ranks, and how weights get there.
-
-    Without a GPU: a core each, from the last one this process may use, gloo. With spare GPUs: one each, NCCL.
-    With every GPU taken by a rank: one server shares the last one, gloo (NCCL refuses two processes of a group on one GPU).
-
-    Raises:
-        ServerError: if there are too few GPUs for `count` servers.
-    """
-    if gpu_count == 0:
-        cores = sorted(os.sched_getaffinity(0), reverse=True)
-        return {"gpu": None, "core": cores[index % len(cores)], "weight_backend": GLOO_BACKEND}
-    if gpu_count >= local_world_size + count:
-        return {"gpu": local_world_size + index, "core": 0, "weight_backend": NCCL_BACKEND}
-    if count > 1:
-        raise ServerError(
-            f"managed_servers={count} need a GPU each, but {gpu_count} GPUs and {local_world_size} training ranks leave "
-            f"{max(0, gpu_count - local_world_size)}. Use fewer servers or fewer ranks (--num_processes)."
-        )
-    return {"gpu": gpu_count - 1, "core": 0, "weight_backend": GLOO_BACKEND}
 
 
 def check_compiler() -> None:

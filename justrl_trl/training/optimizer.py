@@ -6,9 +6,10 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from justrl_trl.config import JustRLConfig
+from justrl_trl.errors import JustRLError
 
 
-class NonFiniteGradientError(RuntimeError):
+class NonFiniteGradientError(JustRLError, RuntimeError):
     """Too many optimizer steps in a row had gradients that are not finite."""
 
 

@@ -9,7 +9,7 @@ both are logged. The reference's configuration of these ablations is not release
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from justrl_trl.grading.pool import shared_pool
+from justrl_trl.grading.single import shared_pool
 from justrl_trl.grading.strict import CORRECT, WRONG, completion_text, dapo_reward, overlong_penalty
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def robust_reward(
     log_metric: Callable[[str, float], None] | None = None,
     **kwargs: Any,
 ) -> list[float]:
-    """TRL reward function: `grading.grade_answer` on each completion, in {-1.0, +1.0}.
+    """TRL reward function: `grading.single.grade_answer` on each completion, in {-1.0, +1.0}.
 
     Symbolic work runs in a killable process, 5 seconds an answer at most; what was not graded is wrong and counted
     (`grading/timeouts`, as a share of the completions, and the like), never fatal.

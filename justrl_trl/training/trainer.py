@@ -22,25 +22,20 @@ from trl import GRPOTrainer
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
 from justrl_trl.config import JustRLConfig
-from justrl_trl.distributed import StoppedByRankZero, gather_ragged
+from justrl_trl.errors import ConfigError, DataError
 from justrl_trl.grading.strict import dapo_reward
-from justrl_trl.policy.micro_batches import OptimizerStep, exchange, scored_sequences, share_out
+from justrl_trl.policy.micro_batches import exchange, share_out
 from justrl_trl.policy.packed_policy import PackedPolicy
-from justrl_trl.policy.packing import PackedRow, Sequence, pack, unpad
-from justrl_trl.rollouts.client import Sampling
-from justrl_trl.rollouts.dispatch import Rollouts
-from justrl_trl.rollouts.generation import Generation, progress_bar
+from justrl_trl.policy.packing import PackedRow, unpad
 from justrl_trl.rollouts.pool import RolloutPool
-from justrl_trl.rollouts.seeds import seed_for
-from justrl_trl.servers.process import ServerError
 from justrl_trl.training.advantage import group_advantages
 from justrl_trl.training.callbacks import SaveLastRolloutStep, SyncAfterRolloutStep
 from justrl_trl.training.metrics import STEP_SUMS, reduce_once, step_sums
 from justrl_trl.training.old_logps import Scores
 from justrl_trl.training.optimizer import SkipCounter, is_finite, warmup_schedule
+from justrl_trl.training.push import WeightPush
+from justrl_trl.training.sampling import sample_responses
 from justrl_trl.training.stages import StageClock
-from justrl_trl.weights.gap import PROBE_PROMPTS, PROBE_TOKENS, check_rollouts, make_probe
-from justrl_trl.weights.sync import WeightSync
 
 _WAVE_FILL = 0.9
 
@@ -89,9 +84,8 @@ class JustRLTrainer(GRPOTrainer):
             args.use_vllm = True
         self.pool = pool
         self.heldout_dataset = heldout_dataset
-        self.weight_sync: WeightSync | None = None  # set up with the first push, when the model is sharded
+        self.weight_push = WeightPush(self)
         self.clock = StageClock()
-        self._probe: list[Sequence] = []  # fixed sequences that every push is checked on
         self._rewards = None  # (B,) of the current rollout step, all ranks
         self.policy = PackedPolicy(self.model, args, self.accelerator, self._clip, self.temperature)
         self._scores: Scores | None = None  # of the current rollout step
@@ -105,68 +99,13 @@ class JustRLTrainer(GRPOTrainer):
     # -- sample -------------------------------------------------------------------------------------------------------
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        """Responses to this rank's prompts (TRL's seam between prompt and completion), from the servers, via rank 0.
-
-        Every rank holds each of its prompts `num_generations` times, side by side in rank order; rank 0 asks once for each.
-        """
+        """Responses to this rank's prompts, from the servers (TRL's seam between prompt and completion)."""
+        if images is not None:
+            raise DataError("The dataset has images; the JustRL recipe is text only.")
         with self.clock.stage("generation"):
-            if images is not None:
-                raise ValueError("The dataset has images; the JustRL recipe is text only.")
-            self._require_current_weights()
-            all_prompts = gather_ragged([torch.tensor(ids) for ids in prompt_ids], self.accelerator)
-            rows = self._collect(all_prompts, num_generations)
-            start = self.accelerator.process_index * len(prompt_ids)
-            return [row.tolist() for row in rows[start : start + len(prompt_ids)]], None
-
-    def _collect(self, prompts: list[torch.Tensor], n: int) -> list[torch.Tensor]:
-        """A response to each of all ranks' `prompts`, on all ranks; what comes early is scored while the rest is sampled.
-
-        Args:
-            prompts: token ids, every prompt `n` times, side by side.
-        """
-        rollouts = None
-        if self.accelerator.is_main_process:
-            rollouts = Rollouts(self.pool, [p.tolist() for p in prompts[::n]], self.sampling(n, self.max_completion_length))
-        early = self.args.score_while_sampling and self.model.training
-        # one micro-batch on every rank, full but for what dealing whole sequences to them needs
-        full = int(_WAVE_FILL * self.accelerator.num_processes * self.args.max_tokens_per_micro_batch)
-        rows: dict[int, torch.Tensor] = {}
-        with progress_bar("generation", len(prompts) // n, self.pool) as on_done:
-            generation = Generation(rollouts, n, full if early else None, self.accelerator, on_done)
-            for wave, more in generation.waves(self.push_weights, self.save_before_giving_up):
-                rows |= wave
-                if early and more:
-                    with self.clock.stage("overlapped_scoring"):
-                        self._scores.score(
-                            Sequence(torch.cat([prompts[i], row]), len(prompts[i]), row=i) for i, row in wave.items()
-                        )
-        return [rows[i] for i in range(len(prompts))]
-
-    def finish_rollouts(self, what: str, rollouts: Rollouts | None, prompts: int) -> None:
-        """Sample what rank 0 alone needs, beside training; on all ranks.
-
-        Args:
-            what: title of the progress bar.
-            rollouts: on rank 0.
-            prompts: how many it asks for.
-        """
-        with progress_bar(what, prompts, self.pool) as on_done:
-            Generation(rollouts, 1, None, self.accelerator, on_done).finish(self.push_weights, self.save_before_giving_up)
-
-    def sampling(self, n: int, max_tokens: int, what: str = "rollouts") -> Sampling:
-        """What a server is asked for; `what` keeps the seeds of other samples apart from those of rollouts."""
-        return Sampling(
-            n=n,
-            max_tokens=max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p or 0.0,
-            repetition_penalty=self.repetition_penalty,
-            stop_token_ids=tuple(self.eos_token_ids),
-            # no seed twice in a run: rollout steps are as many seeds apart as they have responses
-            seed=seed_for(self.args.seed, what) + self.rollout_step * self.args.generation_batch_size,
-        )
+            self.weight_push.require_current()
+            early = self._scores if self.args.score_while_sampling else None
+            return sample_responses(self, prompt_ids, num_generations, early), None
 
     def save_before_giving_up(self) -> None:
         """A checkpoint at the last finished rollout step, unless there is one; on all ranks."""
@@ -180,19 +119,17 @@ class JustRLTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         """TRL's generation and scoring, then the reference's advantages: TRL adds 1e-4 to the deviation, verl 1e-6."""
-        self._scores = Scores(self._score, self.accelerator, self.args.max_tokens_per_micro_batch)
+        self._scores = Scores(self.score, self.accelerator, self.args.max_tokens_per_micro_batch)
         with self.clock.stage("scoring"):
             output = super()._generate_and_score_completions(inputs)
         rows = len(output["advantages"])
-        mode = "train" if self.model.training else "eval"
-        group_size = self.num_generations if self.model.training else self.num_generations_eval
-        groups = torch.arange(len(self._rewards), device=self._rewards.device) // group_size
+        groups = torch.arange(len(self._rewards), device=self._rewards.device) // self.num_generations
         advantages = group_advantages(self._rewards, groups, self.args.advantage_epsilon)
         start = self.accelerator.process_index * rows
         output["advantages"] = advantages[start : start + rows]
         output["rollout_row"] = torch.arange(start, start + rows)
         spread = {"std": advantages.std(), "max": advantages.max(), "min": advantages.min()}
-        self._note({f"advantages/{name}": value.item() for name, value in spread.items()}, mode)
+        self._note({f"advantages/{name}": value.item() for name, value in spread.items()})
         self._logs["advantages"].extend(advantages.tolist())  # a deque of one rollout step: TRL's own values fall out
         return output
 
@@ -204,10 +141,8 @@ class JustRLTrainer(GRPOTrainer):
         return per_function
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        """TRL's padded scoring pass, in evaluation only: a training batch is scored packed and shared out (`scoring`)."""
-        if self.model.training and not torch.is_grad_enabled():
-            return None, None, None
-        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        """Nothing: TRL would score padded rows here, and `_prepare_inputs` scores packed ones."""
+        return None, None, None
 
     # -- share out and score ------------------------------------------------------------------------------------------
 
@@ -217,8 +152,6 @@ class JustRLTrainer(GRPOTrainer):
         As in TRL, each rank's responses are shuffled and cut into `steps_per_generation` optimizer steps. Only then are those
         of all ranks dealt out again by length.
         """
-        if not self.model.training:
-            return super()._prepare_inputs(generation_batch)
         if self._step % self.args.optimizer_steps_per_rollout_step == 0:
             batch = shuffle_sequence_dict(self._generate_and_score_completions(generation_batch))
             with self.clock.stage("scoring"):
@@ -229,23 +162,12 @@ class JustRLTrainer(GRPOTrainer):
                 self._scores.hand_out(everyone, shares)
                 self._scoring_sums = self._scores.sums(everyone)
                 self._buffered_inputs = shares
-                self._measure_gap(shares)
+                self._note(self.weight_push.compare_responses(shares))
         return self._buffered_inputs[self._step % self.args.steps_per_generation]
 
-    def _score(self, row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
+    def score(self, row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability and entropy of every response token of a packed row, see `PackedPolicy.score`."""
         return self.policy.score(self.model, row)
-
-    def _measure_gap(self, steps: list[OptimizerStep]) -> None:
-        """On a few responses of this rollout step: did the servers sample the policy that is trained?"""
-        if self.weight_sync is None or not self.args.gap_responses:
-            return
-        sequences, logps = scored_sequences(steps, self.args.gap_responses)
-        gaps = self.weight_sync.gap(sequences, logps)
-        if not gaps:
-            return
-        say = self.pool.say if self.accelerator.is_main_process else lambda line: None
-        limits = {"warning": self.args.gap_warning, "limit": self.args.gap_limit}
-        self._note(check_rollouts(gaps, len(sequences), **limits, say=say))
 
     # -- train --------------------------------------------------------------------------------------------------------
 
@@ -309,45 +231,20 @@ class JustRLTrainer(GRPOTrainer):
         self.lr_scheduler = self.lr_scheduler or warmup_schedule(optimizer or self.optimizer, self.args)
         return self.lr_scheduler
 
+    def evaluate(self, *args, **kwargs):
+        """Raises `ConfigError`: TRL's evaluation samples padded rows with the training settings."""
+        raise ConfigError(
+            "JustRLTrainer has no evaluate(): use heldout_size or validation_benchmarks while it trains, and "
+            "recipes/evaluate.py for a checkpoint."
+        )
+
     # -- push ---------------------------------------------------------------------------------------------------------
 
     def push_weights(self) -> None:
-        """Send the policy to the servers, read the versions back, compare log-probabilities on fixed tokens with each.
-
-        Raises:
-            ServerError: if no server ends up with these weights.
-        """
+        """Send the policy to the servers and check that it arrived, see `push.WeightPush`."""
         with self.clock.stage("sync"):
-            if self.weight_sync is None:
-                self.weight_sync = WeightSync(
-                    self.accelerator,
-                    self.accelerator.unwrap_model(self.model_wrapped),
-                    self.pool,
-                    address=self.args.weight_sync_address,
-                    port=self.args.vllm_group_port,
-                    timeout_seconds=self.args.weight_sync_timeout,
-                )
-            gap = None
-            while gap is None:  # a server that dies before it has proved its weights is no server that has them
-                try:
-                    self.weight_sync.push(str(self.state.global_step))
-                except (ServerError, StoppedByRankZero):
-                    self.save_before_giving_up()
-                    raise
-                self._probe = self._probe or self._make_probe()
-                logps, _ = self._score(pack(self._probe, self.accelerator.device))
-                gap = self.weight_sync.prove(self._probe, logps, self.args.sync_logprob_gap_limit)
-        self._note({"sync/logprob_gap_max": gap.largest, "sync/logprob_gap_mean": gap.mean})
-
-    def _make_probe(self) -> list[Sequence]:
-        prompts = self._tokenize_prompts(self.train_dataset[:PROBE_PROMPTS]["prompt"])[0]
-        sampling = self.sampling(1, min(PROBE_TOKENS, self.max_completion_length), "probe")
-        return make_probe(prompts, sampling, self.pool, self.accelerator)
-
-    def _require_current_weights(self) -> None:
-        version = None if self.weight_sync is None else self.weight_sync.version
-        if version != str(self.state.global_step) and self.model.training:
-            raise RuntimeError(f"The server has weight version {version}, the trainer is at {self.state.global_step}.")
+            metrics = self.weight_push.push()
+        self._note(metrics)
 
     # -- measure ------------------------------------------------------------------------------------------------------
 
@@ -366,7 +263,7 @@ class JustRLTrainer(GRPOTrainer):
         metrics["skipped_optimizer_steps"] = [self._skipped.take()]
         self._note(self.clock.metrics(metrics["tokens/generated"][0], metrics["tokens/trained"][0], self.pool))
 
-    def _note(self, values: dict[str, float], mode: str = "train") -> None:
-        """For TRL's next log, which averages what was noted since the last one."""
+    def _note(self, values: dict[str, float]) -> None:
+        """Add to TRL's next log, which averages the values noted since the last one."""
         for name, value in values.items():
-            self._metrics[mode][name].append(value)
+            self._metrics["train"][name].append(value)

@@ -13,11 +13,11 @@ import torch
 from accelerate import Accelerator
 
 from justrl_trl.distributed import broadcast_ragged, on_rank_zero
+from justrl_trl.errors import ServerError
 from justrl_trl.policy.packing import Sequence
 from justrl_trl.rollouts.client import Sampling
 from justrl_trl.rollouts.dispatch import generate
 from justrl_trl.rollouts.pool import RolloutPool
-from justrl_trl.servers.process import ServerError
 
 PROBE_PROMPTS, PROBE_TOKENS = 4, 256
 

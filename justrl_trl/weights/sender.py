@@ -7,11 +7,11 @@ from dataclasses import asdict
 from functools import partial
 
 from justrl_trl.background import Background
+from justrl_trl.errors import ServerError
 from justrl_trl.rollouts.pool import DOWN, Member, RolloutPool
 from justrl_trl.servers.broadcast_group import BroadcastGroup
 from justrl_trl.servers.gloo_group import GlooGroup
 from justrl_trl.servers.nccl_group import NcclGroup
-from justrl_trl.servers.process import ServerError
 from justrl_trl.servers.vllm_plugin import GLOO_BACKEND, NCCL_BACKEND, GroupInfo, PushInfo
 from justrl_trl.weights.stream import PolicyWeights, WireTensor
 

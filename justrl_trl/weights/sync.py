@@ -13,10 +13,10 @@ from accelerate.utils import broadcast_object_list
 
 from justrl_trl.background import Background
 from justrl_trl.distributed import on_rank_zero, raise_together
+from justrl_trl.errors import ServerError
 from justrl_trl.policy.packing import Sequence
 from justrl_trl.rollouts.client import RequestRefused, RolloutClient, Unreachable
 from justrl_trl.rollouts.pool import LIVE, STALE, AllServersDown, Member, RolloutPool
-from justrl_trl.servers.process import ServerError
 from justrl_trl.servers.vllm_plugin import GLOO_BACKEND, NCCL_BACKEND
 from justrl_trl.weights.gap import Gap, differing, widest
 from justrl_trl.weights.sender import GROUPS, PushBroken, WeightSender

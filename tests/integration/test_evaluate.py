@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from justrl_trl.data.benchmarks import load, select
 from justrl_trl.data.tiny import arithmetic_problems
-from justrl_trl.grading.rule import grade_answer
+from justrl_trl.grading.single import grade_answer
 from justrl_trl.servers.auth import KEY_VARIABLE
 
 from .conftest import ROOT, start

@@ -10,11 +10,11 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
+from justrl_trl.errors import ServerError
 from justrl_trl.policy.packing import Sequence
 from justrl_trl.rollouts.client import RolloutClient, Sampling
 from justrl_trl.rollouts.dispatch import generate
 from justrl_trl.rollouts.pool import RolloutPool
-from justrl_trl.servers.process import ServerError
 from justrl_trl.weights.gap import Gap
 from justrl_trl.weights.sync import WeightSync
 

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from justrl_trl.data.benchmarks import BENCHMARKS, Problem, load, select
-from justrl_trl.data.sources import DataError
+from justrl_trl.errors import DataError
 
 REAL = Path(__file__).resolve().parents[4] / "shared" / "data" / "benchmarks"
 TWO = replace(BENCHMARKS["amc23"], problems=2)  # amc23's folder and Hub id, with two problems

@@ -294,7 +294,7 @@ def test_errors_of_the_program_itself_are_not_hidden(monkeypatch):
 
 def test_offline_process_gets_the_same_error_and_imports_no_heavy_library():
     program = (
-        "import sys; from justrl_trl import data, rewards\n"
+        "import sys; from justrl_trl.data import problems as data; from justrl_trl.grading import strict\n"
         "print(sorted({'torch', 'trl', 'vllm', 'deepspeed'} & set(sys.modules)))\n"
         "try: data.load_problems('nobody/nothing')\n"
         "except data.DataError as error: print(error)\n"

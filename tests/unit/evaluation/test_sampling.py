@@ -7,8 +7,8 @@ import pytest
 
 from justrl_trl.data.benchmarks import Problem
 from justrl_trl.data.problems import BOXED_SUFFIX
-from justrl_trl.data.sources import DataError
 from justrl_trl.data.tiny import _tokenizer
+from justrl_trl.errors import DataError, ServerError
 from justrl_trl.evaluation.sampling import (
     Progress,
     Task,
@@ -21,7 +21,6 @@ from justrl_trl.evaluation.sampling import (
 from justrl_trl.rollouts.client import RequestRefused, RolloutClient
 from justrl_trl.rollouts.pool import AllServersDown, RolloutPool
 from justrl_trl.rollouts.seeds import seed_for
-from justrl_trl.servers.process import ServerError
 from tests.unit.fake_server import FakeServer
 from tests.unit.rollouts.test_client import COMPLETIONS, MODELS
 from tests.unit.rollouts.test_pool import wait

@@ -15,9 +15,10 @@ import pytest
 from math_verify.metric import math_metric
 from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
 
-from justrl_trl.grading import pool as grading_pool
-from justrl_trl.grading.pool import GradingPool, Verdict, shared_pool
-from justrl_trl.grading.rule import MAX_ANSWER_CHARS, grade_answer, math_verify_answer
+from justrl_trl.grading import single
+from justrl_trl.grading.pool import GradingPool, Verdict
+from justrl_trl.grading.rule import MAX_ANSWER_CHARS
+from justrl_trl.grading.single import grade_answer, math_verify_answer, shared_pool
 from justrl_trl.grading.strict import dapo_score
 from tests.unit.hostile import ANSWERS, CANARY, RESPONSES, fuzz
 
@@ -287,7 +288,7 @@ def test_hostile_text_never_stops_a_grader():
 
 def test_a_single_call_is_as_safe_as_a_pool(monkeypatch):
     with GradingPool(deadline_seconds=DEADLINE) as quick:
-        monkeypatch.setattr(grading_pool, "_shared", quick)
+        monkeypatch.setattr(single, "_shared", quick)
         assert not math_verify_answer(*HANG) and quick.timeouts == 1
         assert grade_answer(*EASY) and not grade_answer("\\boxed{" + ANSWERS["nested matrices"] + "}", "x")
 

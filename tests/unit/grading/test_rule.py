@@ -15,7 +15,8 @@ import sympy
 
 from justrl_trl.grading.algebra import MAX_FACTORIAL, equal, to_sympy
 from justrl_trl.grading.normal_forms import is_tame, mathd_form, plain_form, without_thousands_commas
-from justrl_trl.grading.rule import DIFFERENCES, answer_pair, boxed_answer, decide_by_algebra, decide_by_text, grade_answer
+from justrl_trl.grading.rule import DIFFERENCES, answer_pair, boxed_answer, decide_by_algebra, decide_by_text
+from justrl_trl.grading.single import grade_answer
 from justrl_trl.grading.strict import dapo_score
 from tests.unit.hostile import ANSWERS, CANARY, RESPONSES, fuzz
 

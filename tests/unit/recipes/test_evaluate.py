@@ -11,17 +11,15 @@ from safetensors.numpy import save_file
 from transformers import Qwen2Config
 
 from justrl_trl.data.benchmarks import BENCHMARKS
-from justrl_trl.data.sources import DataError
 from justrl_trl.data.tiny import _tokenizer
-from justrl_trl.evaluation import servers as evaluation_servers
+from justrl_trl.errors import DataError, ServerError
 from justrl_trl.evaluation import tasks as evaluation_tasks
 from justrl_trl.evaluation.arguments import EvaluateArguments, folder_of, parse, settings_of
 from justrl_trl.evaluation.model import EvaluatedModel, find_model, fingerprint
 from justrl_trl.evaluation.sampling import Task, requests_of
-from justrl_trl.evaluation.servers import check_server, connect, server_places
+from justrl_trl.evaluation.servers import check_server, connect
 from justrl_trl.rollouts.client import RolloutClient
 from justrl_trl.rollouts.seeds import seed_for
-from justrl_trl.servers.process import ServerError
 from tests.unit.fake_server import FakeServer
 
 np = pytest.importorskip("numpy")
@@ -253,21 +251,6 @@ def test_a_model_of_the_hub_is_known_by_its_commit(model, tmp_path, monkeypatch)
 
 
 # -- servers ----------------------------------------------------------------------------------------------------------
-
-
-def test_every_gpu_is_a_server_and_no_more(monkeypatch):
-    monkeypatch.setattr(evaluation_servers.torch.cuda, "device_count", lambda: 8)
-    assert [place["gpu"] for place in server_places(0)] == list(range(8))
-    assert [place["gpu"] for place in server_places(8)] == list(range(8))
-    assert [place["gpu"] for place in server_places(1)] == [0]
-    with pytest.raises(ServerError, match="managed_servers=9: this machine has 8 GPUs"):
-        server_places(9)
-
-
-def test_without_a_gpu_it_is_one_server_on_a_core(monkeypatch):
-    monkeypatch.setattr(evaluation_servers.torch.cuda, "device_count", lambda: 0)
-    (place,) = server_places(0)
-    assert place["gpu"] is None and len(server_places(2)) == 2
 
 
 @pytest.fixture

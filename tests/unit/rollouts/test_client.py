@@ -4,9 +4,9 @@ import time
 
 import pytest
 
+from justrl_trl.errors import ServerError
 from justrl_trl.rollouts.client import RequestRefused, RolloutClient, Sampling
 from justrl_trl.servers.auth import KEY_VARIABLE
-from justrl_trl.servers.process import ServerError
 from tests.unit.fake_server import FakeServer
 
 SAMPLING = Sampling(

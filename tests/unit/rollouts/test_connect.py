@@ -7,9 +7,9 @@ import time
 import pytest
 
 from justrl_trl.config import JustRLConfig
+from justrl_trl.errors import ServerError
 from justrl_trl.rollouts.pool import DOWN, STALE
 from justrl_trl.runs.servers import connect
-from justrl_trl.servers.process import ServerError
 from tests.unit.fake_server import FakeServer
 from tests.unit.rollouts.test_pool import wait
 
@@ -71,7 +71,7 @@ def test_a_server_that_is_down_at_the_start_is_left_out(run, capsys):
     pool = run(there.url, gone)
     assert [member.state for member in pool.members] == [STALE, DOWN]
     assert f"rollout server {gone} is out" in (output := capsys.readouterr().out)
-    assert "The run starts without it" in output
+    assert "The work starts without it" in output
     there.close()
 
 
@@ -84,7 +84,7 @@ def test_with_no_server_at_all_the_run_does_not_start(run):
 def test_a_wrong_server_is_refused_at_once_whatever_the_others_do(run):
     wrong = FakeServer(serving(model="org/other"))
     started = time.monotonic()
-    with pytest.raises(ServerError, match="serves 'org/other', the trainer trains 'org/model'"):
+    with pytest.raises(ServerError, match="serves 'org/other', and 'org/model' is needed"):
         run(free_address(), wrong.url, seconds=30)
     assert time.monotonic() - started < 5
     wrong.close()

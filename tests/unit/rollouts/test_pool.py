@@ -6,10 +6,10 @@ import time
 
 import pytest
 
+from justrl_trl.errors import ServerError
 from justrl_trl.rollouts.client import RequestRefused, RolloutClient
 from justrl_trl.rollouts.dispatch import Rollouts, generate
 from justrl_trl.rollouts.pool import DOWN, LIVE, STALE, AllServersDown, RolloutPool, WeightsNeeded
-from justrl_trl.servers.process import ServerError
 from tests.unit.fake_server import FakeServer
 from tests.unit.rollouts.test_client import COMPLETIONS, SAMPLING, expected, good
 

@@ -1,10 +1,12 @@
 """No two responses of a run are sampled from the same random numbers, however requests and their responses are numbered."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from justrl_trl.config import JustRLConfig
 from justrl_trl.rollouts.seeds import SEEDS, request_seeds, seed_for
-from justrl_trl.training.trainer import JustRLTrainer
+from justrl_trl.training.sampling import sampling_of
 
 
 def seeds_in_vllm(base: int, requests: int, n: int) -> list[int]:
@@ -22,29 +24,24 @@ def test_seeds_of_requests_stay_within_31_bits():
     assert all(0 <= seed_for("x", number) < SEEDS for number in range(1000))
 
 
-def sampling_of(rollout_step: int, **options):
-    """`JustRLTrainer.sampling` as the trainer has it at that rollout step; the method looks at nothing else."""
-    trainer = object.__new__(JustRLTrainer)
-    trainer.args = JustRLConfig(use_cpu=True, **options)
-    trainer.state = type("State", (), {"global_step": rollout_step * trainer.args.optimizer_steps_per_rollout_step})
-    for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty"):
-        setattr(trainer, name, getattr(trainer.args, name))
-    trainer.eos_token_ids = [0]
-    return trainer.sampling
+def seed_at(rollout_step: int, what: str = "rollouts", **options) -> int:
+    """First seed of the requests that the trainer makes for that purpose at that rollout step."""
+    trainer = SimpleNamespace(args=JustRLConfig(use_cpu=True, **options), rollout_step=rollout_step, eos_token_ids=[0])
+    return sampling_of(trainer, 8, 100, what).seed
 
 
 def test_no_seed_comes_twice_in_a_run_with_everything_that_it_samples():
     seen = []
     for rollout_step in (*range(20), 4378, 4379):
-        base = sampling_of(rollout_step)(8, 100).seed
+        base = seed_at(rollout_step)
         seen += seeds_in_vllm(base, 256, 8)
-    seen += seeds_in_vllm(sampling_of(0)(4, 100, "held out").seed, 500, 4)
-    seen += seeds_in_vllm(sampling_of(0)(1, 100, "probe").seed, 4, 1)
+    seen += seeds_in_vllm(seed_at(0, "held out"), 500, 4)
+    seen += seeds_in_vllm(seed_at(0, "probe"), 4, 1)
     assert len(set(seen)) == len(seen)
 
 
 def test_runs_whose_seeds_differ_by_one_share_none():
-    one, other = (set(seeds_in_vllm(sampling_of(0, seed=seed)(8, 100).seed, 256, 8)) for seed in (1, 2))
+    one, other = (set(seeds_in_vllm(seed_at(0, seed=seed), 256, 8)) for seed in (1, 2))
     assert not one & other
 
 

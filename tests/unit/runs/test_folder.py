@@ -10,8 +10,11 @@ import pytest
 import yaml
 
 from justrl_trl.config import JustRLConfig
+from justrl_trl.jsonl import append_jsonl, read_jsonl
 from justrl_trl.runs import arguments as run_arguments
-from justrl_trl.runs.folder import RecordRun, RunFolder, append_jsonl, read_jsonl, write_summary
+from justrl_trl.runs.folder import RunFolder
+from justrl_trl.runs.recorder import RecordRun
+from justrl_trl.runs.summary import write_summary
 
 TINY = Path(__file__).resolve().parents[3] / "recipes" / "tiny.yaml"
 
@@ -135,11 +138,23 @@ class FakeTrainer:
 
 
 @pytest.fixture
-def recorder(folder, monkeypatch):
-    monkeypatch.setattr("justrl_trl.runs.folder.heldout_accuracy", lambda trainer: trainer._accuracies.pop(0))
+def recorder(folder):
     made = RecordRun(folder, "org/model")
-    made.trainer = FakeTrainer([0.25, 0.75])
+    made.trainer = FakeTrainer([])
     return made
+
+
+@pytest.fixture
+def heldout(folder, monkeypatch):
+    """`heldout(0.25, 0.75)`: a `HeldOut` whose measurements have these results."""
+    monkeypatch.setattr("justrl_trl.runs.heldout.heldout_accuracy", lambda trainer: trainer._accuracies.pop(0))
+
+    def make(*accuracies: float | None) -> HeldOut:
+        made = HeldOut(folder)
+        made.trainer = FakeTrainer(list(accuracies))
+        return made
+
+    return make
 
 
 @pytest.fixture
@@ -154,13 +169,15 @@ def state(step: int, main: bool = True) -> SimpleNamespace:
 LOG = {"reward": 0.5, "entropy": 1.0, "completions/mean_length": 9.0, "completions/clipped_ratio": 0.0}
 
 
-def test_a_run_is_recorded_from_beginning_to_end(folder, recorder, args):
-    seen = []
+def test_a_run_is_recorded_from_beginning_to_end(folder, recorder, heldout, args):
+    seen, before_and_after = [], heldout(0.25, 0.75)
     recorder._on_row = seen.append
+    before_and_after.on_train_begin(args, state(0), None)
     recorder.on_train_begin(args, state(0), None)
     recorder.on_log(args, state(4), None, logs=LOG)
     recorder.on_log(args, state(8), None, logs=LOG)
     recorder.on_log(args, state(8), None, logs={"train_runtime": 3.0})  # HF's last word is not a rollout step
+    before_and_after.on_train_end(args, state(8), None)
     recorder.on_train_end(args, state(8), None)
     assert seen == read_jsonl(folder.metrics)
     assert [(row["rollout_step"], row["optimizer_step"], row["reward"]) for row in seen] == [(1, 4, 0.5), (2, 8, 0.5)]
@@ -197,21 +214,25 @@ def test_no_more_samples_than_prompts(recorder):
     assert recorder._samples(0) == []
 
 
-def test_a_resumed_run_forgets_what_it_will_make_again_and_measures_nothing_twice(folder, recorder, args):
+def test_a_resumed_run_forgets_what_it_will_make_again_and_measures_nothing_twice(folder, recorder, heldout, args):
     for step in (1, 2, 3):
         append_jsonl(folder.metrics, {"rollout_step": step})
     append_jsonl(folder.heldout, {"rollout_step": 0, "accuracy": 0.1})
     recorder.on_train_begin(args, state(8), None)  # resumes after rollout step 2
+    heldout().on_train_begin(args, state(8), None)
     assert [row["rollout_step"] for row in read_jsonl(folder.metrics)] == [1, 2]
     assert read_jsonl(folder.heldout) == [{"rollout_step": 0, "accuracy": 0.1}]
 
 
-def test_only_rank_0_writes_but_every_rank_measures(folder, recorder, args):
-    recorder.on_train_begin(args, state(0, main=False), None)
+def test_only_rank_0_writes_but_every_rank_measures(folder, recorder, heldout, args):
+    measured = heldout(0.25, 0.75)
+    for callback in (measured, recorder):
+        callback.on_train_begin(args, state(0, main=False), None)
     recorder.on_log(args, state(4, main=False), None, logs=LOG)
-    recorder.on_train_end(args, state(8, main=False), None)
+    for callback in (measured, recorder):
+        callback.on_train_end(args, state(8, main=False), None)
     assert list(folder.path.iterdir()) == []
-    assert recorder.trainer._accuracies == []  # sampling held-out problems is a collective
+    assert measured.trainer._accuracies == []  # sampling held-out problems is a collective
 
 
 def test_summary_by_hand(folder):

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from justrl_trl.data import tiny
-from justrl_trl.data.sources import DataError
+from justrl_trl.errors import DataError
+from justrl_trl.jsonl import read_jsonl
 from justrl_trl.rollouts.client import RolloutClient
 from justrl_trl.rollouts.pool import RolloutPool
 from justrl_trl.rollouts.seeds import seed_for
-from justrl_trl.runs.folder import RunFolder, read_jsonl
+from justrl_trl.runs.folder import RunFolder
 from justrl_trl.runs.validation import Validate
 from tests.side_by_side import Case, build
 from tests.unit.fake_server import FakeServer

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import requests
 
+from justrl_trl.errors import ServerError
 from justrl_trl.servers import process as server
 from justrl_trl.servers.auth import KEY_VARIABLE
-from justrl_trl.servers.process import ManagedServer, ServerError, ServerSpec, check_compiler, pick_hardware
+from justrl_trl.servers.process import ManagedServer, ServerSpec, check_compiler
 
 
 def spec(tmp_path: Path, **given) -> ServerSpec:
@@ -129,23 +130,6 @@ def test_a_gpu_server_sees_its_own_device_only(tmp_path, monkeypatch, visible, g
     assert got["CUDA_VISIBLE_DEVICES"] == device and "VLLM_CPU_OMP_THREADS_BIND" not in got
 
 
-@pytest.mark.parametrize(
-    ("ranks", "gpus", "gpu", "backend"),
-    [
-        (2, 0, None, "justrl_gloo"),  # no GPU
-        (7, 8, 7, "justrl_nccl"),  # the spare one
-        (1, 8, 1, "justrl_nccl"),
-        (8, 8, 7, "justrl_gloo"),  # the last one is shared, where NCCL refuses two processes
-        (1, 1, 0, "justrl_gloo"),
-    ],
-)
-def test_hardware_follows_from_ranks_and_gpus(ranks, gpus, gpu, backend):
-    picked = pick_hardware(ranks, gpus)
-    assert (picked["gpu"], picked["weight_backend"]) == (gpu, backend)
-    if gpus == 0:
-        assert picked["core"] == max(os.sched_getaffinity(0))
-
-
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_a_port_that_is_taken_is_an_error_with_the_remedy_and_starts_nothing(tmp_path, host):
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -252,10 +236,3 @@ def test_a_machine_without_a_compiler_is_told_to_install_one(tmp_path, monkeypat
     (tmp_path / "mycc").touch(mode=0o755)
     monkeypatch.setenv("CXX", "mycc")
     check_compiler()
-
-
-def test_several_managed_servers_get_a_gpu_or_a_core_each():
-    assert [pick_hardware(4, 8, i, 4)["gpu"] for i in range(4)] == [4, 5, 6, 7]
-    assert len({pick_hardware(2, 0, i, 2)["core"] for i in range(2)}) == min(2, len(os.sched_getaffinity(0)))
-    with pytest.raises(ServerError, match=r"managed_servers=3 need a GPU each, but 4 GPUs and 2 training ranks leave 2"):
-        pick_hardware(2, 4, 0, 3)

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from justrl_trl.errors import ConfigError, ServerError
 from justrl_trl.rollouts.client import RolloutClient
 from justrl_trl.rollouts.pool import RolloutPool
-from justrl_trl.servers.process import ServerError
 from justrl_trl.training.old_logps import Scores
 from justrl_trl.weights.gap import Gap
 from tests.side_by_side import Case, build, error, response, run
@@ -108,7 +108,7 @@ class OtherPolicy:
 
 def test_responses_of_another_policy_are_not_trained_on(tmp_path):
     trainer = build(Case("ours", changes={"gap_responses": 8, "gap_limit": 0.5}), str(tmp_path))
-    trainer.weight_sync, trainer.pool = OtherPolicy(), SimpleNamespace(say=print)
+    trainer.weight_push.sync, trainer.pool = OtherPolicy(), SimpleNamespace(say=print)
     with pytest.raises(ServerError, match=r"http://other by 0\.600 .* of 8 responses > gap_limit=0\.5"):
         trainer.train()
     assert trainer.state.global_step == 0 and trainer.seen["gradients"] == []
@@ -187,12 +187,10 @@ def test_nothing_but_skipped_steps_ends_the_run():
         run("ours", plant_nan_at={1: 0, 2: 0}, changes={"max_skipped_steps": 2})
 
 
-def test_evaluation_goes_through_trls_padded_path(tmp_path):
+def test_trls_evaluation_is_refused_with_what_takes_its_place(tmp_path):
     trainer = build(Case("ours"), str(tmp_path))
-    trainer.model.eval()
-    with torch.no_grad():
-        metrics = trainer.evaluate(trainer.train_dataset.select(range(8)))
-    assert metrics["eval_entropy"] > 0
+    with pytest.raises(ConfigError, match="validation_benchmarks.*recipes/evaluate.py"):
+        trainer.evaluate(trainer.train_dataset.select(range(8)))
 
 
 def test_no_padding_goes_through_the_model(tmp_path):

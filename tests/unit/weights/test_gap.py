@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
+from justrl_trl.errors import ServerError
 from justrl_trl.rollouts.client import RolloutClient
 from justrl_trl.rollouts.pool import RolloutPool
-from justrl_trl.servers.process import ServerError
 from justrl_trl.weights.gap import Gap, check_rollouts, differing, make_probe, widest
 from tests.unit.fake_server import FakeServer
 from tests.unit.rollouts.test_client import COMPLETIONS, MODELS, SAMPLING

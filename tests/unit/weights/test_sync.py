@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from justrl_trl.errors import ServerError
 from justrl_trl.policy.packing import Sequence
 from justrl_trl.rollouts.client import RolloutClient
 from justrl_trl.rollouts.pool import DOWN, LIVE, STALE, AllServersDown, RolloutPool
-from justrl_trl.servers.process import ServerError
 from justrl_trl.servers.vllm_plugin import GroupInfo, PushInfo, empty_tensors, manifest_mismatch
 from justrl_trl.weights import sync as weight_sync
 from justrl_trl.weights.stream import PolicyWeights
