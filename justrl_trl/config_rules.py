@@ -3,14 +3,16 @@
 Each message names the value, the reason and the remedy. Everything here runs before a model is loaded or a server started.
 """
 
-import math
+import dataclasses
 import os
 
 import torch
+from trl import GRPOConfig
 
 from justrl_trl.errors import ConfigError
+from justrl_trl.knobs import check_bounds, check_value
 
-_HF_DEFAULTS = {"max_steps": -1, "save_steps": 500, "logging_steps": 10, "warmup_steps": 0}
+_HF_DEFAULTS = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
 
 
 class Rules:
@@ -77,43 +79,8 @@ class Rules:
             raise ConfigError(f"rollout_servers={self.rollout_servers} names a server twice. Give each once.")
 
     def _check_ranges(self) -> None:
-        least = {"generation_batch_size": 1, "steps_per_generation": 1, "num_generations": 2, "num_iterations": 1}
-        least |= {"num_rollout_steps": 1, "warmup_rollout_steps": 0, "save_rollout_steps": 0}
-        least |= {
-            "max_skipped_steps": 1,
-            "managed_servers": 1,
-            "gap_responses": 0,
-            "max_prompt_length": 1,
-            "max_completion_length": 1,
-            "heldout_generations": 1,
-            "num_completions_to_save": 0,
-            "overlong_buffer_length": 0,
-            "validation_every": 1,
-            "validation_max_new_tokens": 1,
-        }
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < minimum:
-                raise ConfigError(
-                    f"{name}={value!r} makes no sense: it counts something. Give an integer of at least {minimum}."
-                )
-        choices = {"loss_normalization": ("reference", "token_mean"), "loss_backend": ("liger", "trl")}
-        choices |= {"verifier": ("strict", "robust"), "validation_grader": ("math_verify", "rule")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is unknown. Use {known[0]!r} or {known[1]!r}.")
-        fractions = {"validation_top_p": (0, 1), "validation_temperature": (-1e-9, math.inf)}
-        fractions |= {"overlong_penalty_factor": (-1e-9, math.inf), "vllm_gpu_memory_utilization": (0, 1)}
-        if self.shared_gpu_memory_utilization is not None:
-            fractions["shared_gpu_memory_utilization"] = (0, 1)
-        for name, (above, most) in fractions.items():
-            if not above < getattr(self, name) <= most:
-                raise ConfigError(f"{name}={getattr(self, name)} makes no sense. Give a number from {max(above, 0)} to {most}.")
-        if self.validation_samples is not None and self.validation_samples < 1:
-            raise ConfigError(
-                f"validation_samples={self.validation_samples} makes no sense: it counts responses. Give at least 1, or leave "
-                "it unset for the paper's number."
-            )
+        check_bounds(self)
+        check_value("num_iterations", self.num_iterations, {"min": 1})  # TRL's field
         if self.overlong_buffer_length > self.max_completion_length:
             raise ConfigError(
                 f"overlong_buffer_length={self.overlong_buffer_length} is more than max_completion_length="

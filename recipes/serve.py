@@ -12,12 +12,13 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from justrl_trl.errors import ServerError
+from justrl_trl.knobs import knob
 from justrl_trl.preflight.gpu_driver import check_gpu_driver
 from justrl_trl.runs.arguments import parse
 from justrl_trl.runs.servers import server_spec
@@ -32,11 +33,11 @@ from justrl_trl.terminal import Waiting, quiet_libraries, report_errors
 class ServeArguments:
     """What to start on this node."""
 
-    servers: int = field(default=0, metadata={"help": "How many; 0: one per GPU of --gpus, or one without a GPU."})
-    gpus: str = field(default="all", metadata={"help": "GPUs to use: all, 0-7 or 0,2,5."})
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to bind and to print; not 127.0.0.1 for other nodes."})
-    first_port: int = field(default=8000, metadata={"help": "Port of the first server; the others follow."})
-    log_dir: str = field(default="runs/servers", metadata={"help": "Where the servers write."})
+    servers: int = knob(0, "How many; 0: one per GPU of --gpus, or one without a GPU.", min=0)
+    gpus: str = knob("all", "GPUs to use: all, 0-7 or 0,2,5.")
+    host: str = knob("127.0.0.1", "Address to bind and to print; not 127.0.0.1 for other nodes.")
+    first_port: int = knob(8000, "Port of the first server; the others follow.", min=1, max=65535)
+    log_dir: str = knob("runs/servers", "Where the servers write.")
 
 
 def main() -> None:

@@ -7,13 +7,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trl import TrlParser
-
 from justrl_trl.data.benchmarks import BENCHMARKS
 from justrl_trl.data.tiny import ARITHMETIC
 from justrl_trl.errors import ConfigError
 from justrl_trl.evaluation.sampling import Request, Task
 from justrl_trl.evaluation.tasks import OWN_SAMPLES
+from justrl_trl.knobs import check_bounds, knob
+from justrl_trl.option_parser import OptionParser
+
+_SERVER = ("managed_servers", "rollout_servers", "weight_version", "server_dtype", "server_max_num_seqs", "server_kv_cache_mib")
+GROUPS = {
+    "what is evaluated": ("model", "model_revision", "benchmarks", "data_dir", "samples", "limit"),
+    "sampling": ("temperature", "top_p", "max_new_tokens", "seed"),
+    "grading": ("grader", "grading_workers"),
+    "verifier": ("verifier_server", "verifier_model", "verifier_protocol", "verifier_concurrency"),
+    "servers": (*_SERVER, "vllm_gpu_memory_utilization", "vllm_server_timeout", "request_timeout", "server_wait"),
+    "output": ("output_dir", "dry_run"),
+}
 
 
 @dataclass
@@ -21,93 +31,57 @@ class EvaluateArguments:
     """What to evaluate. Defaults are the paper's protocol."""
 
     model: str = field(metadata={"help": "Hub id, local folder with safetensors (a checkpoint too), or embedded:tiny-base."})
-    model_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
-    benchmarks: str = field(
-        default="paper",
-        metadata={
-            "help": f"Comma list of {', '.join(BENCHMARKS)}; paper (or all) for these nine; also any .parquet, .jsonl or .json "
-            f"file of problems, and {ARITHMETIC}."
-        },
+    model_revision: str | None = knob(None, "Branch, tag or commit of a Hub model.")
+    benchmarks: str = knob(
+        "paper",
+        f"Comma list of {', '.join(BENCHMARKS)}; paper (or all) for these nine; also any .parquet, .jsonl or .json "
+        f"file of problems, and {ARITHMETIC}.",
     )
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Folder with <NAME>/test.parquet as in thunlp/JustRL's data/; without it, the Hub."}
+    data_dir: str | None = knob(None, "Folder with <NAME>/test.parquet as in thunlp/JustRL's data/; without it, the Hub.")
+    samples: int | None = knob(
+        None, f"Responses per problem; unset: 4 for math500, minerva, olympiad, {OWN_SAMPLES} for a file, else 32.", min=1
     )
-    samples: int | None = field(
-        default=None,
-        metadata={
-            "help": f"Responses per problem; unset: 4 for math500, minerva, olympiad, {OWN_SAMPLES} for a file, else 32."
-        },
-    )
-    limit: int | None = field(
-        default=None, metadata={"help": "Only the first so many problems of each benchmark, for a trial."}
-    )
-    temperature: float = field(default=0.7, metadata={"help": "Sampling temperature; 0 is greedy."})
-    top_p: float = field(default=0.9, metadata={"help": "Tokens beyond this share of the probability are never sampled."})
-    max_new_tokens: int = field(default=31_744, metadata={"help": "Tokens of a response at most; longer ones are cut."})
-    seed: int = field(default=0, metadata={"help": "Seed of the evaluation; every sample's own seed follows and is recorded."})
+    limit: int | None = knob(None, "Only the first so many problems of each benchmark, for a trial.", min=1)
+    temperature: float = knob(0.7, "Sampling temperature; 0 is greedy.", min=0.0)
+    top_p: float = knob(0.9, "Tokens beyond this share of the probability are never sampled.", above=0, max=1)
+    max_new_tokens: int = knob(31_744, "Tokens of a response at most; longer ones are cut.", min=1)
+    seed: int = knob(0, "Seed of the evaluation; every sample's own seed follows and is recorded.", min=0)
 
-    managed_servers: int = field(
-        default=0,
-        metadata={"help": "Servers to start on this machine, a GPU (or a core) each; 0: one per GPU, one without any."},
+    managed_servers: int = knob(
+        0, "Servers to start on this machine, a GPU (or a core) each; 0: one per GPU, one without any.", min=0
     )
-    rollout_servers: list[str] | None = field(
-        default=None,
-        metadata={"help": "Use these running servers instead, e.g. http://10.0.0.5:8000; key in JUSTRL_SERVER_KEY."},
+    rollout_servers: list[str] | None = knob(
+        None, "Use these running servers instead, e.g. http://10.0.0.5:8000; key in JUSTRL_SERVER_KEY."
     )
-    weight_version: str = field(
-        default="default",
-        metadata={
-            "help": "Weights that given servers must hold: 'default' are those from disk, else the version a trainer pushed."
-        },
+    weight_version: str = knob(
+        "default", "Weights that given servers must hold: 'default' are those from disk, else the version a trainer pushed."
     )
-    server_dtype: str = field(default="bfloat16", metadata={"help": "Precision of the weights: bfloat16, float16 or float32."})
-    server_max_num_seqs: int = field(default=256, metadata={"help": "Sequences that a server decodes at once."})
-    server_kv_cache_mib: int = field(default=512, metadata={"help": "KV cache of a managed CPU server, MiB."})
-    vllm_gpu_memory_utilization: float = field(default=0.85, metadata={"help": "Share of a GPU for its managed server, 0-1."})
-    vllm_server_timeout: float = field(default=600.0, metadata={"help": "Seconds to wait for a server to become healthy."})
-    request_timeout: float = field(default=3600.0, metadata={"help": "Seconds that one response may take."})
-    server_wait: float = field(
-        default=600.0, metadata={"help": "Seconds to wait for a server when none is left; then it ends."}
-    )
+    server_dtype: str = knob("bfloat16", "Precision of the weights: bfloat16, float16 or float32.")
+    server_max_num_seqs: int = knob(256, "Sequences that a server decodes at once.", min=1)
+    server_kv_cache_mib: int = knob(512, "KV cache of a managed CPU server, MiB.", min=1)
+    vllm_gpu_memory_utilization: float = knob(0.85, "Share of a GPU for its managed server, 0-1.", above=0, max=1)
+    vllm_server_timeout: float = knob(600.0, "Seconds to wait for a server to become healthy.")
+    request_timeout: float = knob(3600.0, "Seconds that one response may take.")
+    server_wait: float = knob(600.0, "Seconds to wait for a server when none is left; then it ends.")
 
-    grader: str = field(
-        default="rule",
-        metadata={"help": "rule: the paper's tables. math_verify: the paper's Figure 1.", "choices": ["rule", "math_verify"]},
+    grader: str = knob("rule", "rule: the paper's tables. math_verify: the paper's Figure 1.", choices=["rule", "math_verify"])
+    grading_workers: int = knob(0, "Processes that grade, where the text alone does not decide; 0: one per core.", min=0)
+    verifier_server: str | None = knob(
+        None, "OpenAI-compatible server that judges what the grader rejects; key in JUSTRL_VERIFIER_KEY."
     )
-    grading_workers: int = field(
-        default=0, metadata={"help": "Processes that grade, where the text alone does not decide; 0: one per core."}
+    verifier_model: str | None = knob(None, "Its name for the model; unset: the one it serves.")
+    verifier_protocol: str = knob(
+        "exact",
+        "exact: without the question, as the paper's numbers were made. with_question: as the model was trained.",
+        choices=["exact", "with_question"],
     )
-    verifier_server: str | None = field(
-        default=None,
-        metadata={"help": "OpenAI-compatible server that judges what the grader rejects; key in JUSTRL_VERIFIER_KEY."},
-    )
-    verifier_model: str | None = field(default=None, metadata={"help": "Its name for the model; unset: the one it serves."})
-    verifier_protocol: str = field(
-        default="exact",
-        metadata={
-            "help": "exact: without the question, as the paper's numbers were made. with_question: as the model was trained.",
-            "choices": ["exact", "with_question"],
-        },
-    )
-    verifier_concurrency: int = field(default=64, metadata={"help": "Requests to the verifier at a time."})
+    verifier_concurrency: int = knob(64, "Requests to the verifier at a time.", min=1)
 
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Folder of samples and results; unset: runs/eval/<model>-<hash of the settings>."}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Print the plan and exit; nothing is started or written."})
+    output_dir: str | None = knob(None, "Folder of samples and results; unset: runs/eval/<model>-<hash of the settings>.")
+    dry_run: bool = knob(False, "Print the plan and exit; nothing is started or written.")
 
     def __post_init__(self):
-        least = {"samples": 1, "limit": 1, "max_new_tokens": 1, "managed_servers": 0, "grading_workers": 0}
-        least |= {"server_max_num_seqs": 1, "server_kv_cache_mib": 1, "verifier_concurrency": 1, "seed": 0}
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ConfigError(f"{name}={value} makes no sense: it counts something. Give at least {minimum}.")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ConfigError(
-                f"temperature={self.temperature}, top_p={self.top_p}: the first must not be negative, the second must lie in "
-                "(0, 1]. The paper uses 0.7 and 0.9."
-            )
+        check_bounds(self)
         for url in self.rollout_servers or ():
             if not url.startswith(("http://", "https://")):
                 raise ConfigError(f"rollout_servers: {url!r} is not an address. Write it as http://HOST:PORT.")
@@ -130,7 +104,7 @@ def parse() -> EvaluateArguments:
         if not path.is_file():
             raise ConfigError(f"--config {path}: there is no such file. Give a YAML file with the options' names as keys.")
     words = "Evaluate a model as the paper does. Every option is also a key of a YAML file given as --config FILE; options win."
-    return TrlParser(EvaluateArguments, description=words).parse_args_and_config(argv)[0]
+    return OptionParser(EvaluateArguments, GROUPS, description=words).parse_args_and_config(argv)[0]
 
 
 def settings_of(args: EvaluateArguments, slug: str, weights: str, stop_token_ids: tuple[int, ...]) -> dict[str, Any]:

@@ -1,38 +1,45 @@
 """What the launch line is told: a recipe file, which may build on another one, and options, which win."""
 
+import dataclasses
 import sys
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from justrl_trl.config import JustRLConfig
 from justrl_trl.errors import ConfigError
+from justrl_trl.knobs import knob
+from justrl_trl.option_parser import OptionParser
+from justrl_trl.runs.option_groups import GROUPS
+
+_HELP = {  # of TRL's ModelConfig, where this package does something else or more
+    "model_name_or_path": "Hub id, local folder with safetensors, or embedded:tiny-base.",
+    "model_revision": "Branch, tag or commit of a Hub model.",
+    "dtype": "Dtype of the master weights; the recipe's is float32, and bf16 is compute only.",
+    "attn_implementation": "auto: PyTorch's varlen FlashAttention on a GPU in bfloat16, else SDPA sequence by sequence. "
+    "varlen, sdpa: that one. flash_attention_2, flash_attention_3: the installed package.",
+}
+_DESCRIPTION = "Every option is also a key of a recipe, a YAML file given as --config FILE; options win over the file."
 
 
 @dataclass
 class RunArguments:
     """What to train on. Names are TRL's where TRL has one."""
 
-    dataset_name: str = field(
-        default="BytedTsinghua-SIA/DAPO-Math-17k",
-        metadata={"help": "Hub id, local .parquet/.jsonl/.json file or folder, or embedded:arithmetic."},
+    dataset_name: str = knob(
+        "BytedTsinghua-SIA/DAPO-Math-17k", "Hub id, local .parquet/.jsonl/.json file or folder, or embedded:arithmetic."
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_revision: str | None = field(default=None, metadata={"help": "Commit of a Hub dataset; pin it for a paper."})
-    heldout_dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "Problems to sample before and after training, in any format of dataset_name; split 'test' of a folder."
-        },
+    dataset_config: str | None = knob(None, "Configuration of a Hub dataset.")
+    dataset_train_split: str = knob("train", "Split to train on.")
+    dataset_revision: str | None = knob(None, "Commit of a Hub dataset; pin it for a paper.")
+    heldout_dataset_name: str | None = knob(
+        None, "Problems to sample before and after training, in any format of dataset_name; split 'test' of a folder."
     )
-    heldout_size: int = field(
-        default=0, metadata={"help": "Without heldout_dataset_name: so many training problems are held out instead."}
-    )
-    dry_run: bool = field(default=False, metadata={"help": "Print the resolved configuration and the plan, then exit."})
+    heldout_size: int = knob(0, "Without heldout_dataset_name: so many training problems are held out instead.", min=0)
+    dry_run: bool = knob(False, "Print the resolved configuration and the plan, then exit.")
 
 
 def parse(default_recipe: Path, *more: type) -> tuple:
@@ -58,7 +65,11 @@ def parse(default_recipe: Path, *more: type) -> tuple:
         yaml.safe_dump(read_recipe(path), whole)
         whole.flush()
         argv[argv.index("--config") + 1] = whole.name
-        parsed = TrlParser((RunArguments, JustRLConfig, ModelConfig, *more)).parse_args_and_config(argv)
+        own = {"this script": [field.name for one in more for field in dataclasses.fields(one)]} if more else {}
+        parser = OptionParser((RunArguments, JustRLConfig, ModelConfig, *more), own | GROUPS, description=_DESCRIPTION)
+        for name, words in _HELP.items():
+            next(action for action in parser._actions if action.dest == name).help = words
+        parsed = parser.parse_args_and_config(argv)
     if not parsed[2].model_name_or_path:
         raise ConfigError("model_name_or_path is not set: give a Hub id, a local folder, or embedded:tiny-base.")
     return tuple(parsed)

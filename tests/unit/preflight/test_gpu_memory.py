@@ -138,5 +138,5 @@ def test_a_share_that_nobody_would_use_is_refused(machine):
 @pytest.mark.parametrize("value", [0.0, 1.5, -1.0])
 @pytest.mark.parametrize("name", ["vllm_gpu_memory_utilization", "shared_gpu_memory_utilization"])
 def test_a_share_is_a_fraction(name, value):
-    with pytest.raises(ValueError, match=f"{name}={value} makes no sense"):
+    with pytest.raises(ValueError, match=f"{name} must be a number above 0 and at most 1, got {value}"):
         JustRLConfig(**{name: value})

@@ -9,7 +9,9 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 
 from justrl_trl.config import JustRLConfig
+from justrl_trl.errors import ConfigError
 from justrl_trl.runs import arguments as run_arguments
+from justrl_trl.runs.option_groups import GROUPS
 from tests.unit.test_config import SCRIPT, TABLE_2
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -117,11 +119,34 @@ def test_an_unknown_option_is_an_error_that_names_it(parse):
         parse("--lerning_rate", "1e-6")
 
 
-def test_an_option_with_an_impossible_value_ends_the_program_and_names_it(parse, capsys):
-    with pytest.raises(SystemExit):
+def test_an_option_with_an_impossible_value_is_an_error_that_names_it(parse):
+    with pytest.raises(ConfigError, match="--learning_rate.*invalid float value: 'slow'.*--help lists the options"):
         parse("--learning_rate", "slow")
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "--learning_rate" in error and "invalid float value: 'slow'" in error
+
+
+@pytest.mark.parametrize(("typo", "meant"), [("--lerning_rate", "--learning_rate"), ("--managed_server", "--managed_servers")])
+def test_an_unknown_option_names_the_nearest_known_one(parse, typo, meant):
+    with pytest.raises(ConfigError, match=f"{typo}: did you mean {meant}\\?"):
+        parse(typo, "1")
+
+
+def test_help_shows_what_users_set_in_groups_and_leaves_the_rest_to_help_all(parse, capsys):
+    for option in ("--help", "--help_all"):
+        with pytest.raises(SystemExit):
+            parse(option)
+    short, everything = capsys.readouterr().out.split("usage: ")[1:]
+    groups = ["recipe and model:", "data:", "rollout step:", "objective and optimizer:", "rollout servers:", "Hub:"]
+    assert sorted(groups, key=short.index) == groups
+    assert len(short.splitlines()) < 250 < len(everything.splitlines())
+    assert "--torch_compile_backend" in everything and "--torch_compile_backend" not in short
+    assert "At least 1." in short and "--help_all shows" in short
+
+
+def test_every_option_of_ours_is_in_a_group_of_the_help(parse):
+    ours = {name for cls in (run_arguments.RunArguments, JustRLConfig) for name in vars(cls).get("__annotations__", {})}
+    derived = {"per_device_train_batch_size", "gradient_accumulation_steps", "lr_scheduler_type", "use_vllm", "vllm_mode"}
+    fixed = {"beta", "temperature", "vllm_importance_sampling_correction", "vllm_server_base_url", "disable_tqdm"}
+    assert ours - derived - fixed <= {name for names in GROUPS.values() for name in names}
 
 
 def test_a_recipe_that_is_not_there_is_an_error_that_says_where_recipes_are(parse):

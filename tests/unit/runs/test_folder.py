@@ -13,6 +13,7 @@ from justrl_trl.config import JustRLConfig
 from justrl_trl.jsonl import append_jsonl, read_jsonl
 from justrl_trl.runs import arguments as run_arguments
 from justrl_trl.runs.folder import RunFolder
+from justrl_trl.runs.heldout import HeldOut
 from justrl_trl.runs.recorder import RecordRun
 from justrl_trl.runs.summary import write_summary
 
