@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from trl import GRPOConfig
 
+from justrl_trl.choices import Grader
 from justrl_trl.config_rules import Rules
 from justrl_trl.knobs import knob
 
@@ -184,9 +185,9 @@ class JustRLConfig(Rules, GRPOConfig):
     validation_temperature: float = knob(0.7, "Sampling temperature of validation.", min=0.0)
     validation_top_p: float = knob(0.9, "Top-p of validation.", above=0, max=1)
     validation_grader: str = knob(
-        "math_verify",
+        Grader.MATH_VERIFY.value,
         "math_verify (the reference's, and the paper's Figure 1) or rule (the paper's tables).",
-        choices=["math_verify", "rule"],
+        choices=[grader.value for grader in Grader],
     )
     validation_data_dir: str | None = knob(None, "Folder with <NAME>/test.parquet for the benchmarks; default: from the Hub.")
 

@@ -15,7 +15,7 @@ import sys
 import time
 
 from justrl_trl.errors import ServerError
-from justrl_trl.evaluation.arguments import EvaluateArguments, folder_of, parse, plan_lines, settings_of
+from justrl_trl.evaluation.arguments import EvaluateArguments, evaluation_plan, folder_of, parse_evaluation, settings_of
 from justrl_trl.evaluation.grades import grade_all, verify_all
 from justrl_trl.evaluation.model import EvaluatedModel, find_model
 from justrl_trl.evaluation.results import write_results
@@ -43,7 +43,7 @@ def main() -> None:
     check_gpu_driver()
 
     # what to do
-    args = parse()
+    args = parse_evaluation()
     tasks = find_tasks(args.benchmarks, data_dir=args.data_dir, samples=args.samples, limit=args.limit)
     model = find_model(args.model, args.model_revision)
     requests = [one for task in tasks for one in requests_of(task, prompt_ids(model.tokenizer, task.problems), args.seed)]
@@ -54,7 +54,7 @@ def main() -> None:
     missing = store.missing(requests)
     needed = missing and not args.rollout_servers
     places = devices(args) if needed else []
-    print("\n".join(plan_lines(args, tasks, requests, len(missing), places, model.weights, store.folder)), flush=True)
+    print("\n".join(evaluation_plan(args, tasks, requests, len(missing), places, model.weights, store.folder)), flush=True)
     if args.dry_run:
         return
     verifier = None

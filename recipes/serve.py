@@ -20,10 +20,10 @@ import torch
 from justrl_trl.errors import ServerError
 from justrl_trl.knobs import knob
 from justrl_trl.preflight.gpu_driver import check_gpu_driver
-from justrl_trl.runs.arguments import parse
+from justrl_trl.runs.arguments import parse_run
 from justrl_trl.runs.servers import server_spec
 from justrl_trl.runs.setup import resolve_model
-from justrl_trl.servers.auth import KEY_VARIABLE
+from justrl_trl.servers.auth import SERVER_KEY
 from justrl_trl.servers.devices import pick_devices
 from justrl_trl.servers.process import ManagedServer, check_compiler
 from justrl_trl.terminal import Waiting, quiet_libraries, report_errors
@@ -43,11 +43,11 @@ class ServeArguments:
 def main() -> None:
     quiet_libraries()
     check_gpu_driver()
-    _, training, model, serve = parse(Path(__file__).with_name("tiny.yaml"), ServeArguments)
-    if not os.environ.get(KEY_VARIABLE):
+    _, training, model, serve = parse_run(Path(__file__).with_name("tiny.yaml"), ServeArguments)
+    if not os.environ.get(SERVER_KEY):
         raise ServerError(
-            f"{KEY_VARIABLE} is not set, and whoever reaches a server could replace its weights. Set the same long random "
-            f"string here and for the trainer: export {KEY_VARIABLE}=$(openssl rand -hex 32)"
+            f"{SERVER_KEY} is not set, and whoever reaches a server could replace its weights. Set the same long random "
+            f"string here and for the trainer: export {SERVER_KEY}=$(openssl rand -hex 32)"
         )
     check_compiler()
     devices = pick_devices(serve.servers, gpus=torch.cuda.device_count(), chosen=serve.gpus, option="servers")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from justrl_trl.choices import Grader
 from justrl_trl.data.benchmarks import BENCHMARKS
 from justrl_trl.data.tiny import ARITHMETIC
 from justrl_trl.errors import ConfigError
@@ -64,7 +65,11 @@ class EvaluateArguments:
     request_timeout: float = knob(3600.0, "Seconds that one response may take.")
     server_wait: float = knob(600.0, "Seconds to wait for a server when none is left; then it ends.")
 
-    grader: str = knob("rule", "rule: the paper's tables. math_verify: the paper's Figure 1.", choices=["rule", "math_verify"])
+    grader: str = knob(
+        Grader.RULE.value,
+        "rule: the paper's tables. math_verify: the paper's Figure 1.",
+        choices=[grader.value for grader in Grader],
+    )
     grading_workers: int = knob(0, "Processes that grade, where the text alone does not decide; 0: one per core.", min=0)
     verifier_server: str | None = knob(
         None, "OpenAI-compatible server that judges what the grader rejects; key in JUSTRL_VERIFIER_KEY."
@@ -92,7 +97,7 @@ class EvaluateArguments:
             )
 
 
-def parse() -> EvaluateArguments:
+def parse_evaluation() -> EvaluateArguments:
     """From the command line and `--config FILE`; options win.
 
     Raises:
@@ -123,14 +128,14 @@ def folder_of(args: EvaluateArguments, settings: dict[str, Any]) -> Path:
 
 def grader_words(args: EvaluateArguments, verifier: str | None) -> str:
     """How responses are graded."""
-    grader = {"rule": "the rule grader", "math_verify": "math_verify"}[args.grader]
+    grader = "the rule grader" if args.grader == Grader.RULE else args.grader
     if not args.verifier_server:
         return grader
     named = verifier or args.verifier_model or f"the verifier at {args.verifier_server}"
     return f"{grader}, then {named} (protocol {args.verifier_protocol}) on what it rejects"
 
 
-def plan_lines(
+def evaluation_plan(
     args: EvaluateArguments,
     tasks: list[Task],
     requests: list[Request],

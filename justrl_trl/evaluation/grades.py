@@ -13,10 +13,9 @@ from typing import Any
 from justrl_trl.data.benchmarks import Problem
 from justrl_trl.evaluation.sampling import Task
 from justrl_trl.evaluation.store import Key, SampleStore
-from justrl_trl.evaluation.verifier import Case, Verdict, Verifier
+from justrl_trl.evaluation.verifier import Case, Judgement, Verifier
 from justrl_trl.grading.normal_forms import mathd_form
-from justrl_trl.grading.pool import GradingPool
-from justrl_trl.grading.pool import Verdict as GraderVerdict
+from justrl_trl.grading.pool import GradingPool, Verdict
 from justrl_trl.grading.rule import boxed_answer
 
 _CHUNK = 1024  # responses in memory at a time
@@ -46,7 +45,7 @@ def grade_all(
     """Grades of all samples of these tasks, in the order of the store; and the pool's counters.
 
     Args:
-        grader: `rule` or `math_verify`.
+        grader: a `Grader`.
         workers: processes; None: as many as this process may use cores.
         on_graded: called with 1 after each response.
     """
@@ -55,7 +54,10 @@ def grade_all(
         for chunk in _chunks(store, tasks):
             items = [(row["completion"], _problem(tasks, key).answer) for key, row in chunk]
             verdicts = pool.grade(items, grader, lambda index, verdict: on_graded(1))
-            grades += [_grade(key, row, verdict) for (key, row), verdict in zip(chunk, verdicts, strict=True)]
+            grades += [
+                grade_of(key, row["completion"], row["tokens"], row["finish_reason"] == "length", verdict)
+                for (key, row), verdict in zip(chunk, verdicts, strict=True)
+            ]
         return grades, pool.counts()
 
 
@@ -85,7 +87,7 @@ def verify_all(
                 problem = _problem(tasks, key)
                 yield key, Case(problem.problem, problem.answer, row["completion"])
 
-    def keep(key: Key, verdict: Verdict) -> None:
+    def keep(key: Key, verdict: Judgement) -> None:
         name, problem, sample = key
         told = {**asdict(verdict), **asked, "gold": _problem(tasks, key).answer}
         store.verdicts.append({"benchmark": name, "problem": problem, "sample": sample, **told})
@@ -116,13 +118,21 @@ def vote(response: str) -> str | None:
     return None if box is None else mathd_form(box)
 
 
-def _grade(key: Key, row: dict[str, Any], verdict: GraderVerdict) -> Grade:
+def grade_of(key: Key, text: str, tokens: int, truncated: bool, verdict: Verdict) -> Grade:
+    """What is known of one response after the grader.
+
+    Args:
+        key: benchmark, problem, sample.
+        text: decoded response of `tokens` tokens.
+        truncated: the length limit ended it.
+        verdict: of the grader.
+    """
     return Grade(
         key=key,
-        tokens=row["tokens"],
-        truncated=row["finish_reason"] == "length",
-        boxed="boxed" in row["completion"],
-        answer=vote(row["completion"]),
+        tokens=tokens,
+        truncated=truncated,
+        boxed="boxed" in text,
+        answer=vote(text),
         rule=verdict.correct,
         outcome=verdict.outcome,
     )

@@ -21,7 +21,7 @@ import requests
 from justrl_trl.errors import ConfigError, ServerError
 from justrl_trl.evaluation.verifier_prompt import COMPASS_VERIFIER_PROMPT
 
-KEY_VARIABLE = "JUSTRL_VERIFIER_KEY"
+VERIFIER_KEY = "JUSTRL_VERIFIER_KEY"
 PROTOCOLS = ("exact", "with_question")
 MAX_TOKENS = 2048  # of a verdict, as the reference
 _CONTEXT = 32_768  # tokens of CompassVerifier-3B, where the server does not say
@@ -44,7 +44,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Judgement:
     """What the verifier said, and how many characters of the response it was not shown."""
 
     output: str
@@ -87,7 +87,7 @@ class Verifier:
         if not url.startswith(("http://", "https://")):
             raise ConfigError(f"verifier_server={url!r} is not an address. Write it as http://HOST:PORT.")
         self.url, self.model, self.protocol = url.rstrip("/").removesuffix("/v1"), model, protocol
-        self._key = key or os.environ.get(KEY_VARIABLE, "")
+        self._key = key or os.environ.get(VERIFIER_KEY, "")
         self._concurrency, self._request_seconds, self._retry_seconds = concurrency, request_seconds, retry_seconds
         self._context = _CONTEXT
 
@@ -123,7 +123,7 @@ class Verifier:
         filled = COMPASS_VERIFIER_PROMPT.format(question=question, gold_answer=case.gold, llm_response=tail)
         return filled, len(case.response) - len(tail)
 
-    def judge(self, cases: Iterable[tuple[Hashable, Case]], on_verdict: Callable[[Hashable, Verdict], None]) -> None:
+    def judge(self, cases: Iterable[tuple[Hashable, Case]], on_verdict: Callable[[Hashable, Judgement], None]) -> None:
         """Have all cases judged, in no particular order.
 
         Args:
@@ -153,7 +153,7 @@ class Verifier:
             for _ in threads:
                 asked.put(None)
 
-    def ask(self, case: Case) -> Verdict:
+    def ask(self, case: Case) -> Judgement:
         """One verdict.
 
         Raises:
@@ -166,7 +166,7 @@ class Verifier:
             body |= {"temperature": 0, "max_tokens": MAX_TOKENS}
             answer = self._request("POST", "/v1/chat/completions", body, self._retry_seconds)
             if answer.status_code == 200:
-                return Verdict(_content(answer, self.url), clipped)
+                return Judgement(_content(answer, self.url), clipped)
             characters = (len(case.response) - clipped) // 2  # too long for it
         raise VerifierError(
             f"The verifier at {self.url} refuses a request of {len(text):,} characters: {_words(answer)}. If that is too long "
@@ -180,7 +180,7 @@ class Verifier:
             except Exception as error:  # raised again in the calling thread
                 answered.put((item[0], error))
 
-    def _hear(self, answered: queue.SimpleQueue, on_verdict: Callable[[Hashable, Verdict], None]) -> None:
+    def _hear(self, answered: queue.SimpleQueue, on_verdict: Callable[[Hashable, Judgement], None]) -> None:
         name, verdict = answered.get()
         if isinstance(verdict, Exception):
             raise verdict
@@ -199,7 +199,7 @@ class Verifier:
                     return answer
                 why = f"{answer.status_code}: {_words(answer)}"
                 if answer.status_code != 429 and answer.status_code < 500:
-                    hint = f" Set {KEY_VARIABLE} to its key." if answer.status_code in (401, 403) else ""
+                    hint = f" Set {VERIFIER_KEY} to its key." if answer.status_code in (401, 403) else ""
                     raise VerifierError(f"The verifier at {self.url} answered {path} with {why}.{hint}")
             except requests.RequestException as error:
                 why = type(error).__name__

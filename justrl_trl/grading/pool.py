@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from justrl_trl.choices import Grader
 from justrl_trl.grading.process import WorkerProcess
 from justrl_trl.grading.rule import MAX_ANSWER_CHARS, answer_pair, decide_by_text
 
@@ -86,21 +87,21 @@ class GradingPool:
     def grade(
         self,
         items: Iterable[tuple[str, Any]],
-        grader: str = "rule",
+        grader: str = Grader.RULE,
         on_done: Callable[[int, Verdict], None] | None = None,
     ) -> list[Verdict]:
         """Grade `(response, ground truth)` pairs; verdicts in the order of the items.
 
         Args:
-            grader: "rule" (`grading.grade_answer`) or "math_verify" (`grading.math_verify_answer`).
+            grader: a `Grader`.
             on_done: called in this thread with index and verdict as each item is done, in any order.
 
         Raises:
             ValueError: for an unknown grader.
             RuntimeError: for a pool that is closed or belongs to another process, or when workers cannot be started.
         """
-        if grader not in ("rule", "math_verify"):
-            raise ValueError(f"grader={grader!r} is unknown: choose 'rule' or 'math_verify'.")
+        if grader not in list(Grader):
+            raise ValueError(f"grader={grader!r} is unknown: choose one of {', '.join(Grader)}.")
         if self._closed or self._owner != os.getpid():
             raise RuntimeError(
                 f"this pool was {'closed' if self._closed else f'made in process {self._owner}, before a fork'}: its workers "
@@ -116,7 +117,7 @@ class GradingPool:
 
         work: dict[bytes, list[int]] = {}  # what a worker has to read -> items; answers of one problem are often the same
         for index, (response, truth) in enumerate(items):
-            task = self._text_stage(response, truth) if grader == "rule" else self._whole_response(response, truth)
+            task = self._text_stage(response, truth) if grader == Grader.RULE else self._whole_response(response, truth)
             if isinstance(task, Verdict):
                 done(index, task)
             else:

@@ -10,6 +10,7 @@ import os
 import threading
 from typing import Any
 
+from justrl_trl.choices import Grader
 from justrl_trl.grading.pool import GradingPool
 
 _shared: GradingPool | None = None
@@ -48,7 +49,7 @@ def grade_answer(response: str, ground_truth: Any) -> bool:
     Raises:
         RuntimeError: when no worker process can be started.
     """
-    return shared_pool().grade([(response, ground_truth)], "rule")[0].correct
+    return shared_pool().grade([(response, ground_truth)], Grader.RULE)[0].correct
 
 
 def math_verify_answer(response: str, ground_truth: str) -> bool:
@@ -61,4 +62,4 @@ def math_verify_answer(response: str, ground_truth: str) -> bool:
     Raises:
         RuntimeError: when no worker process can be started.
     """
-    return shared_pool().grade([(response, ground_truth)], "math_verify")[0].correct
+    return shared_pool().grade([(response, ground_truth)], Grader.MATH_VERIFY)[0].correct

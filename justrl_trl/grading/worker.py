@@ -20,6 +20,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from justrl_trl.choices import Grader
+
 RECURSION_LIMIT = 1000  # frames, as in the reference's process: deeper text is no expression
 MAX_ERROR_CHARS = 200
 _GRACE_SECONDS = 2.0  # the parent's deadline comes first, the kernel's timer is for when it does not
@@ -46,7 +48,7 @@ def _math_verify_grader() -> Callable[[str, str], bool]:
     return grade
 
 
-GRADERS = {"rule": _rule_grader, "math_verify": _math_verify_grader}
+GRADERS = {Grader.RULE: _rule_grader, Grader.MATH_VERIFY: _math_verify_grader}
 
 
 def main(parent: int, deadline_seconds: float, memory_mib: int) -> None:

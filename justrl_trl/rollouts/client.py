@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import requests
 
 from justrl_trl.errors import ServerError
-from justrl_trl.servers.auth import KEY_VARIABLE
+from justrl_trl.servers.auth import SERVER_KEY
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ class RolloutClient:
     ):
         self.url = url.rstrip("/")
         self._deadlines = (connect_seconds, request_seconds)
-        self.key = key or os.environ.get(KEY_VARIABLE, "")
+        self.key = key or os.environ.get(SERVER_KEY, "")
         self._model: str | None = None
 
     # -- asking -------------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def _reason(answer: requests.Response) -> str:
     """The server's own words, with the remedy for the three ways in which a server is set up wrong."""
     text = answer.text.strip()[:500]
     if answer.status_code == 401:
-        return f"{text} The key of the server and {KEY_VARIABLE} of the trainer differ."
+        return f"{text} The key of the server and {SERVER_KEY} of the trainer differ."
     if answer.status_code == 404 and "/v1/" not in answer.url:
         return "the weight routes are off. Start the server with VLLM_SERVER_DEV_MODE=1 in its environment."
     if "weight_transfer_config" in text:

@@ -42,7 +42,7 @@ class RunArguments:
     dry_run: bool = knob(False, "Print the resolved configuration and the plan, then exit.")
 
 
-def parse(default_recipe: Path, *more: type) -> tuple:
+def parse_run(default_recipe: Path, *more: type) -> tuple:
     """Arguments from `--config FILE` and the command line; without any `--config`, from `default_recipe`.
 
     Args:

@@ -2,26 +2,16 @@
 
 from datetime import timedelta
 
+from trl import ModelConfig
+
 from justrl_trl.config import JustRLConfig
-from justrl_trl.evaluation.sampling import Task
-from justrl_trl.preflight.checkpoint_disk import CheckpointDisk
-from justrl_trl.preflight.gpu_memory import Sharing
+from justrl_trl.policy.attention import describe_attention
+from justrl_trl.runs.arguments import RunArguments
+from justrl_trl.runs.materials import Materials
 
 
-def plan_lines(
-    *,
-    training: JustRLConfig,
-    model: str,
-    attention: str,
-    dataset: str,
-    data_lines: list[str],
-    heldout_size: int,
-    validation: list[Task],
-    zero_stage: int,
-    sharing: Sharing | None,
-    disk: CheckpointDisk,
-) -> list[str]:
-    """The plan of a run, before anything expensive starts."""
+def run_plan(run: RunArguments, training: JustRLConfig, model: ModelConfig, found: Materials) -> list[str]:
+    """The plan of a run, before anything expensive starts; in a dry run without what could not be looked up."""
     responses, prompts = training.generation_batch_size, training.prompts_per_rollout_step
     per_rollout = training.optimizer_steps_per_rollout_step
     most = prompts * training.num_generations * training.max_completion_length
@@ -29,20 +19,24 @@ def plan_lines(
     managed = f"{count} managed vLLM server{'s' if count > 1 else ''} on this machine"
     server = ", ".join(training.rollout_servers or [managed])
     ranks = f"{training.world_size} rank{'s' if training.world_size > 1 else ''}"
-    sharding = f"DeepSpeed ZeRO-{zero_stage}" if zero_stage else "no sharding"
+    sharding = f"DeepSpeed ZeRO-{found.zero_stage}" if found.zero_stage else "no sharding"
     every = f"every {training.save_rollout_steps} rollout steps" if training.save_rollout_steps else "at the end"
-    saved = disk.describe(every)
-    held_out = f"{heldout_size} problems x {training.heldout_generations} responses, before and after training"
-    held = [f"{task.title} ({len(task.problems)} x {task.samples})" for task in validation]
+    saved = found.disk.describe(every) if found.disk else [every]
+    heldout = found.data.heldout if found.data else None
+    held_out = f"{len(heldout or ())} problems x {training.heldout_generations} responses, before and after training"
+    held = (
+        [f"{task.title} ({len(task.problems)} x {task.samples})" for task in found.validation.tasks] if found.validation else []
+    )
+    attention = describe_attention(found.attention, training.bf16 or training.fp16)
     when = f", every {training.validation_every} rollout steps, by {training.validation_grader}"
     rows = [
-        ("model", model),
-        ("data", dataset),
-        *(("", line) for line in data_lines),
-        ("held out", held_out if heldout_size else "none"),
+        ("model", model.model_name_or_path),
+        ("data", run.dataset_name),
+        *(("", line) for line in (found.data.report.lines() if found.data else ())),
+        ("held out", held_out if heldout else "none"),
         ("validation", ", ".join(held) + when if held else "none"),
         ("rollouts", f"{server}, weights in {training.server_dtype}"),
-        *([("", sharing.describe())] if sharing else []),
+        *([("", found.sharing.describe())] if found.sharing else []),
         ("trainer", f"{ranks}, {sharding}, {'bfloat16 over float32' if training.bf16 else 'float32'}"),
         (
             "rollout step",
@@ -72,6 +66,7 @@ def plan_lines(
         ("checkpoints", saved[0]),
         *(("", line) for line in saved[1:]),
         ("results", f"{training.output_dir}/"),
+        *(("missing", line) for line in found.missing),
     ]
     return ["plan", *(f"  {name:<13}{text}" for name, text in rows)]
 

@@ -16,12 +16,13 @@ from transformers import Trainer, TrainerCallback
 from justrl_trl.config import JustRLConfig
 from justrl_trl.data.problems import BOXED_SUFFIX
 from justrl_trl.distributed import on_rank_zero
-from justrl_trl.evaluation.grades import vote
+from justrl_trl.evaluation.grades import grade_of
+from justrl_trl.evaluation.results import scores_of
 from justrl_trl.evaluation.sampling import SampleRequests, check_fits, eval_sampling, prompt_ids, requests_of
 from justrl_trl.evaluation.tasks import find_tasks
 from justrl_trl.grading.pool import GradingPool
 from justrl_trl.jsonl import append_jsonl, read_jsonl
-from justrl_trl.reports.scores import BenchmarkScore, Sample, score
+from justrl_trl.reports.scores import BenchmarkScore
 from justrl_trl.runs.folder import RunFolder
 from justrl_trl.training.sampling import sample_on_rank_zero
 
@@ -105,12 +106,11 @@ class Validate(TrainerCallback):
         truths = [answers[r.request.benchmark, r.request.problem] for r in responses]
         with GradingPool(workers=min(_MOST_WORKERS, len(os.sched_getaffinity(0)))) as pool:
             verdicts = pool.grade(zip(texts, truths, strict=True), self._training.validation_grader)
-        samples: dict[str, list[Sample]] = {task.name: [] for task in self.tasks}
-        for response, text, verdict in zip(responses, texts, verdicts, strict=True):
-            request = response.request
-            facts = (verdict.correct, len(response.ids), response.truncated, "boxed" in text, vote(text))
-            samples[request.benchmark].append(Sample(request.problem, request.sample, *facts))
-        return {task.name: score(samples[task.name], len(task.problems)) for task in self.tasks}
+        grades = [
+            grade_of(response.request.key, text, len(response.ids), response.truncated, verdict)
+            for response, text, verdict in zip(responses, texts, verdicts, strict=True)
+        ]
+        return scores_of(self.tasks, grades)
 
 
 def metrics_of(scores: dict[str, BenchmarkScore]) -> dict[str, float]:

@@ -8,7 +8,7 @@ request without the key, except `GET /health`, which says nothing but "alive".
 import hmac
 import os
 
-KEY_VARIABLE = "JUSTRL_SERVER_KEY"
+SERVER_KEY = "JUSTRL_SERVER_KEY"
 _OPEN_PATHS = frozenset({"/health"})
 _UNAUTHORIZED = b'{"error": "missing or wrong server key: send `Authorization: Bearer $JUSTRL_SERVER_KEY`"}'
 
@@ -21,10 +21,10 @@ class RequireKey:
     """
 
     def __init__(self, app):
-        key = os.environ.get(KEY_VARIABLE)
+        key = os.environ.get(SERVER_KEY)
         if not key:
             raise RuntimeError(
-                f"The environment variable {KEY_VARIABLE} is not set. A rollout server takes weights and commands from "
+                f"The environment variable {SERVER_KEY} is not set. A rollout server takes weights and commands from "
                 "whoever knows the key, so it does not start without one. Set it to a long random string on the server "
                 "and on the trainer."
             )

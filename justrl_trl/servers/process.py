@@ -20,7 +20,7 @@ from pathlib import Path
 import requests
 
 from justrl_trl.errors import ServerError
-from justrl_trl.servers.auth import KEY_VARIABLE
+from justrl_trl.servers.auth import SERVER_KEY
 from justrl_trl.servers.broadcast_group import address_family
 from justrl_trl.servers.vllm_plugin import MANAGED_VARIABLE
 
@@ -88,7 +88,7 @@ class ServerSpec:
         prefixes = ("ACCELERATE_", "TORCHELASTIC_", "ROLE_", "GROUP_", "PMI_", "OMPI_", "OMP_", "KMP_", "DS_")
         env = {k: v for k, v in os.environ.items() if k not in launcher and not k.startswith(prefixes)}
         env |= {
-            KEY_VARIABLE: key,
+            SERVER_KEY: key,
             "VLLM_SERVER_DEV_MODE": "1",  # opens the weight routes; RequireKey guards them
             "VLLM_NO_USAGE_STATS": "1",
             "VLLM_PLUGINS": "justrl_trl",
@@ -115,13 +115,13 @@ class ManagedServer:
     """
 
     def __init__(self, spec: ServerSpec):
-        if spec.host not in _LOCAL_HOSTS and not os.environ.get(KEY_VARIABLE):
+        if spec.host not in _LOCAL_HOSTS and not os.environ.get(SERVER_KEY):
             raise ServerError(
-                f"vllm_server_host={spec.host!r} opens the server to other machines, but {KEY_VARIABLE} is not set. Set it "
+                f"vllm_server_host={spec.host!r} opens the server to other machines, but {SERVER_KEY} is not set. Set it "
                 "to a long random string, or keep the host at 127.0.0.1."
             )
         self.spec = spec
-        self.key = os.environ.get(KEY_VARIABLE) or secrets.token_hex(32)
+        self.key = os.environ.get(SERVER_KEY) or secrets.token_hex(32)
         self._port = _claim_port(spec.host, spec.port)
         self.url = f"http://[{spec.host}]:{self._port}" if ":" in spec.host else f"http://{spec.host}:{self._port}"
         spec.log_path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from justrl_trl.evaluation import verifier as module
-from justrl_trl.evaluation.verifier import KEY_VARIABLE, Case, Verdict, Verifier, VerifierError
+from justrl_trl.evaluation.verifier import VERIFIER_KEY, Case, Judgement, Verifier, VerifierError
 from justrl_trl.evaluation.verifier_prompt import COMPASS_VERIFIER_PROMPT
 from tests.unit.fake_server import FakeServer
 
@@ -81,7 +81,7 @@ def test_only_a_bare_a_is_correct(serve, output, correct):
 
 def test_an_empty_message_is_no_a(serve):
     _, verifier = serve(lambda body: says(None))
-    assert verifier.ask(CASE) == Verdict("", 0)
+    assert verifier.ask(CASE) == Judgement("", 0)
 
 
 def test_a_long_response_keeps_its_tail(serve):
@@ -103,7 +103,7 @@ def test_what_is_still_too_long_is_halved(serve):
 
     _, verifier = serve(short_sighted)
     verdict = verifier.ask(Case("", "1", "§" * 30_000))
-    assert lengths == [30_000, 15_000, 7_500] and verdict == Verdict("A", 22_500)
+    assert lengths == [30_000, 15_000, 7_500] and verdict == Judgement("A", 22_500)
 
 
 def test_a_server_that_refuses_whatever_is_sent_is_an_error_with_its_words(serve):
@@ -113,12 +113,12 @@ def test_a_server_that_refuses_whatever_is_sent_is_an_error_with_its_words(serve
 
 
 def test_the_key_comes_from_the_environment_and_is_in_no_message(serve, monkeypatch):
-    monkeypatch.setenv(KEY_VARIABLE, "s3cret")
+    monkeypatch.setenv(VERIFIER_KEY, "s3cret")
     server, verifier = serve()
     verifier.ask(CASE)
     assert {headers["Authorization"] for *_, headers in server.requests} == {"Bearer s3cret"}
     refusing, verifier = serve(lambda body: (401, {"error": "Unauthorized"}))
-    with pytest.raises(VerifierError, match=f"Set {KEY_VARIABLE} to its key") as caught:
+    with pytest.raises(VerifierError, match=f"Set {VERIFIER_KEY} to its key") as caught:
         verifier.ask(CASE)
     assert "s3cret" not in str(caught.value) and len(refusing.bodies(CHAT)) == 1  # trying again changes nothing
 

@@ -14,7 +14,7 @@ from justrl_trl.data.benchmarks import BENCHMARKS
 from justrl_trl.data.tiny import _tokenizer
 from justrl_trl.errors import DataError, ServerError
 from justrl_trl.evaluation import tasks as evaluation_tasks
-from justrl_trl.evaluation.arguments import EvaluateArguments, folder_of, parse, settings_of
+from justrl_trl.evaluation.arguments import EvaluateArguments, folder_of, parse_evaluation, settings_of
 from justrl_trl.evaluation.model import EvaluatedModel, find_model, fingerprint
 from justrl_trl.evaluation.sampling import Task, requests_of
 from justrl_trl.evaluation.servers import check_server, connect
@@ -38,7 +38,7 @@ def arguments(monkeypatch):
 
     def run(*options) -> EvaluateArguments:
         monkeypatch.setattr("sys.argv", ["evaluate.py", "--model", "m", *map(str, options)])
-        return parse()
+        return parse_evaluation()
 
     return run
 

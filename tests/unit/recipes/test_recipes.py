@@ -27,7 +27,7 @@ def parse(monkeypatch):
 
     def run(*options: str, default: Path = TINY):
         monkeypatch.setattr("sys.argv", ["grpo_justrl.py", *map(str, options)])
-        return run_arguments.parse(default_recipe=default)
+        return run_arguments.parse_run(default_recipe=default)
 
     return run
 

@@ -6,7 +6,7 @@ import pytest
 
 from justrl_trl.errors import ServerError
 from justrl_trl.rollouts.client import RequestRefused, RolloutClient, Sampling
-from justrl_trl.servers.auth import KEY_VARIABLE
+from justrl_trl.servers.auth import SERVER_KEY
 from tests.unit.fake_server import FakeServer
 
 SAMPLING = Sampling(
@@ -78,7 +78,7 @@ def test_a_request_states_all_of_the_sampling(serve):
 def test_every_request_carries_the_key(serve, monkeypatch):
     server, client = serve()
     client.sample([1], SAMPLING, 100)
-    monkeypatch.setenv(KEY_VARIABLE, "from environment")
+    monkeypatch.setenv(SERVER_KEY, "from environment")
     RolloutClient(server.url + "/").sample([1], SAMPLING, 100)
     keys = [headers["Authorization"] for *_, headers in server.requests]
     assert keys == ["Bearer k3y"] * 2 + ["Bearer from environment"] * 2  # model name, then the prompt
@@ -202,7 +202,7 @@ def failing(status: int, value: object, where: str = COMPLETIONS):
 def test_a_wrong_key_says_which_two_differ(serve):
     _, client = serve(failing(401, {"error": "missing or wrong server key"}))
     with pytest.raises(
-        ServerError, match=rf"/v1/completions answered 401: .*wrong server key.*{KEY_VARIABLE} of the trainer differ"
+        ServerError, match=rf"/v1/completions answered 401: .*wrong server key.*{SERVER_KEY} of the trainer differ"
     ):
         client.sample([1], SAMPLING, 100)
 

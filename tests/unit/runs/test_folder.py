@@ -78,7 +78,7 @@ def test_rows_come_back_as_they_were_written(tmp_path):
 
 def parse(monkeypatch, *options: str):
     monkeypatch.setattr("sys.argv", ["grpo_justrl.py", *map(str, options)])
-    return run_arguments.parse(default_recipe=TINY)
+    return run_arguments.parse_run(default_recipe=TINY)
 
 
 def test_written_configuration_starts_the_same_run_again_on_any_number_of_ranks(folder, monkeypatch, ranks):

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from justrl_trl.servers.auth import KEY_VARIABLE, RequireKey
+from justrl_trl.servers.auth import SERVER_KEY, RequireKey
 
 KEY = "0123456789abcdef"
 
@@ -47,7 +47,7 @@ def http(path: str, *headers: tuple[bytes, bytes], method: str = "GET") -> dict:
 
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
-    monkeypatch.setenv(KEY_VARIABLE, KEY)
+    monkeypatch.setenv(SERVER_KEY, KEY)
 
 
 RIGHT = (b"authorization", b"Bearer " + KEY.encode())
@@ -74,7 +74,7 @@ def test_every_route_is_refused_without_the_key(path, headers):
     start, body = sent
     assert (start["type"], start["status"]) == ("http.response.start", 401)
     assert dict(start["headers"])[b"content-length"] == str(len(body["body"])).encode()
-    assert KEY not in body["body"].decode() and KEY_VARIABLE in json.loads(body["body"])["error"]
+    assert KEY not in body["body"].decode() and SERVER_KEY in json.loads(body["body"])["error"]
 
 
 @pytest.mark.parametrize("path", ROUTES)
@@ -102,15 +102,15 @@ def test_startup_and_shutdown_pass():
 
 @pytest.mark.parametrize("value", [None, ""])
 def test_no_server_starts_without_a_key(monkeypatch, value):
-    monkeypatch.delenv(KEY_VARIABLE) if value is None else monkeypatch.setenv(KEY_VARIABLE, value)
-    with pytest.raises(RuntimeError, match=f"{KEY_VARIABLE} is not set.*Set it to a long random string"):
+    monkeypatch.delenv(SERVER_KEY) if value is None else monkeypatch.setenv(SERVER_KEY, value)
+    with pytest.raises(RuntimeError, match=f"{SERVER_KEY} is not set.*Set it to a long random string"):
         RequireKey(FakeApp())
 
 
 def test_a_key_that_changes_later_opens_nothing(monkeypatch):
     app = FakeApp()
     guard = RequireKey(app)
-    monkeypatch.setenv(KEY_VARIABLE, "another")
+    monkeypatch.setenv(SERVER_KEY, "another")
     sent = []
 
     async def send(message):

@@ -10,7 +10,7 @@ import requests
 
 from justrl_trl.errors import ServerError
 from justrl_trl.servers import process as server
-from justrl_trl.servers.auth import KEY_VARIABLE
+from justrl_trl.servers.auth import SERVER_KEY
 from justrl_trl.servers.process import ManagedServer, ServerSpec, check_compiler
 
 
@@ -86,7 +86,7 @@ def test_a_revision_is_passed_on(tmp_path):
 
 def test_the_key_is_in_the_environment_and_never_on_the_command_line(tmp_path):
     made = spec(tmp_path)
-    assert made.environment("s3cret")[KEY_VARIABLE] == "s3cret"
+    assert made.environment("s3cret")[SERVER_KEY] == "s3cret"
     assert "s3cret" not in " ".join(made.command(1))
 
 
@@ -142,7 +142,7 @@ def test_a_port_that_is_taken_is_an_error_with_the_remedy_and_starts_nothing(tmp
 
 
 def test_a_host_open_to_others_needs_a_key(tmp_path):
-    with pytest.raises(ServerError, match=rf"vllm_server_host='0.0.0.0' .*{KEY_VARIABLE} is not set. Set it.*127.0.0.1"):
+    with pytest.raises(ServerError, match=rf"vllm_server_host='0.0.0.0' .*{SERVER_KEY} is not set. Set it.*127.0.0.1"):
         ManagedServer(spec(tmp_path, host="0.0.0.0"))
     assert not (tmp_path / "logs").exists()
 
@@ -208,7 +208,7 @@ def test_a_proxy_of_the_environment_does_not_stand_before_the_server(tmp_path, m
 def test_two_servers_have_two_keys_unless_one_is_given(tmp_path, monkeypatch):
     one, two = (managed(tmp_path / name, "") for name in ("one", "two"))
     assert one.key != two.key
-    monkeypatch.setenv(KEY_VARIABLE, "mine")
+    monkeypatch.setenv(SERVER_KEY, "mine")
     three = managed(tmp_path / "three", "")
     assert three.key == "mine"
     for made in (one, two, three):
