@@ -1,4 +1,4 @@
-"""When the trainer pushes: before the first rollout step and after every one; and that the last one is saved."""
+"""When the trainer pushes: before the first rollout step and after every one."""
 
 from transformers import TrainerCallback
 
@@ -25,12 +25,3 @@ class SyncAfterRolloutStep(TrainerCallback):
         if state.global_step % args.optimizer_steps_per_rollout_step == 0:
             self._trainer.push_weights()
             self._trainer.record_rollout_step()
-
-
-class SaveLastRolloutStep(TrainerCallback):
-    """The end of a run is a checkpoint too: transformers saves multiples of `save_steps` only, and 4,380 rollout steps are not
-    a multiple of 50."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            control.should_save = True

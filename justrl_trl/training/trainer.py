@@ -21,6 +21,12 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
+<<<<<<< HEAD:justrl_trl/training/trainer.py
+=======
+from justrl_trl.advantage import group_advantages
+from justrl_trl.callbacks import SyncAfterRolloutStep
+from justrl_trl.collectives import StoppedByRankZero, gather_ragged
+>>>>>>> c34389df768e24b681829c6b82bf7e12fe723071:justrl_trl/trainer.py
 from justrl_trl.config import JustRLConfig
 from justrl_trl.errors import ConfigError, DataError
 from justrl_trl.grading.strict import dapo_reward
@@ -29,7 +35,7 @@ from justrl_trl.policy.packed_policy import PackedPolicy
 from justrl_trl.policy.packing import PackedRow, unpad
 from justrl_trl.rollouts.pool import RolloutPool
 from justrl_trl.training.advantage import group_advantages
-from justrl_trl.training.callbacks import SaveLastRolloutStep, SyncAfterRolloutStep
+from justrl_trl.training.callbacks import SyncAfterRolloutStep
 from justrl_trl.training.metrics import STEP_SUMS, reduce_once, step_sums
 from justrl_trl.training.old_logps import Scores
 from justrl_trl.training.optimizer import SkipCounter, is_finite, warmup_schedule
@@ -93,7 +99,6 @@ class JustRLTrainer(GRPOTrainer):
         self._skipped = SkipCounter(args.max_skipped_steps)
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)  # prints every metric as one line of JSON; RecordRun prints what matters
-        self.add_callback(SaveLastRolloutStep())
         self.callback_handler.callbacks.insert(0, SyncAfterRolloutStep(self))  # others may sample, and need the weights pushed
 
     # -- sample -------------------------------------------------------------------------------------------------------
