@@ -1,9 +1,15 @@
-"""`JustRLTrainer`: TRL's `GRPOTrainer` with the JustRL training step and rollouts from a vLLM server.
+"""`JustRLTrainer`: TRL's `GRPOTrainer` with the JustRL training step and rollouts from vLLM servers.
 
-One rollout step, top to bottom in this file: sample responses on the server, turn rewards into advantages, share the work out
-among the ranks, score it under the sampling policy, take `steps_per_generation` optimizer steps over packed micro-batches, push
-the weights, prove the push. What TRL already does (prompt sampling, reward functions, shuffling into optimizer steps, logging,
-checkpoints, Hub) stays TRL's.
+Who calls whom, once for each optimizer step (HF's `global_step`):
+
+    transformers.Trainer.train
+      training_step                          forward and backward passes of one optimizer step
+        _prepare_inputs                      at the start of a rollout step:
+          _generate_and_score_completions      TRL's; calls _generate_single_turn (sampling.py) and _calculate_rewards
+          exchange, Scores, share_out          old log-probabilities, this rank's micro-batches of every optimizer step
+      callbacks.SyncAfterRolloutStep         after the last optimizer step of a rollout step: push_weights (push.py)
+
+What TRL does (prompt sampling, reward functions, shuffling into optimizer steps, logging, checkpoints, Hub) stays TRL's.
 
 Overridden private methods of TRL 1.16.0: `_generate_single_turn`, `_generate_and_score_completions`, `_calculate_rewards`,
 `_get_per_token_logps_and_entropies`, `_prepare_inputs`, `training_step`; of transformers 5.17.0: `_get_grad_norm`.
@@ -21,12 +27,6 @@ from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
-<<<<<<< HEAD:justrl_trl/training/trainer.py
-=======
-from justrl_trl.advantage import group_advantages
-from justrl_trl.callbacks import SyncAfterRolloutStep
-from justrl_trl.collectives import StoppedByRankZero, gather_ragged
->>>>>>> c34389df768e24b681829c6b82bf7e12fe723071:justrl_trl/trainer.py
 from justrl_trl.config import JustRLConfig
 from justrl_trl.errors import ConfigError, DataError
 from justrl_trl.grading.strict import dapo_reward
@@ -42,8 +42,6 @@ from justrl_trl.training.optimizer import SkipCounter, is_finite, warmup_schedul
 from justrl_trl.training.push import WeightPush
 from justrl_trl.training.sampling import sample_responses
 from justrl_trl.training.stages import StageClock
-
-_WAVE_FILL = 0.9
 
 
 class JustRLTrainer(GRPOTrainer):
