@@ -1,4 +1,4 @@
-"""Choices that options, graders and reports name alike."""
+"""Enumerations shared by options, graders and reports."""
 
 from enum import StrEnum
 

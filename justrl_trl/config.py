@@ -1,4 +1,4 @@
-"""The recipe's knobs: TRL's `GRPOConfig` with the reference's values as defaults, and the rules between them.
+"""`JustRLConfig`: TRL's `GRPOConfig` with the reference's values as defaults.
 
 What is different from TRL: lengths of a run are counted in *rollout steps* (one generation of `generation_batch_size`
 responses), because that is what the paper's "4,380 steps" are, while HF's `global_step` counts *optimizer steps*, four times as

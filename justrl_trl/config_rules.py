@@ -1,4 +1,4 @@
-"""The rules between the knobs of `config`: what the recipe cannot honour, and what follows from what is given.
+"""Rules between the fields of `JustRLConfig`: what is refused, and what is derived.
 
 Each message names the value, the reason and the remedy. Everything here runs before a model is loaded or a server started.
 """

@@ -1,4 +1,4 @@
-"""What ranks say to each other besides gradients: ragged token rows, "still at it", "I failed, so we all stop", goodbye."""
+"""Cross-rank helpers: gather and broadcast ragged rows, wait for rank 0, fail together, exit cleanly."""
 
 import atexit
 import os

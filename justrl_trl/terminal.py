@@ -1,4 +1,4 @@
-"""What every script does at the terminal: report errors, keep libraries quiet, print on rank 0, show that it waits."""
+"""Terminal behaviour of every script: report errors, silence libraries, print on rank 0."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from accelerate.state import PartialState
 from justrl_trl.distributed import leave
 from justrl_trl.errors import JustRLError, StoppedByRankZero
 
-_RANK_ZERO_SECONDS = 3.0  # the launcher ends all ranks when the first one exits: rank 0 speaks first
+_RANK_ZERO_SECONDS = 3.0  # the launcher ends all ranks when the first one exits: let rank 0 print first
 
 
 @contextlib.contextmanager
@@ -53,7 +53,7 @@ def report_errors():
 
 def _wait_for_rank_zero(rank: int) -> None:
     if rank:
-        time.sleep(_RANK_ZERO_SECONDS + 0.1 * rank)  # one after another: the first one that speaks ends the others
+        time.sleep(_RANK_ZERO_SECONDS + 0.1 * rank)  # one after another: the first one that exits ends the others
 
 
 def _exit(status: int) -> NoReturn:

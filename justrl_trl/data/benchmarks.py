@@ -2,7 +2,7 @@
 
 No problem text is kept in this repository. `load` reads a benchmark from the Hub, or from `<data_dir>/<folder>/test.parquet`
 with the folder names of `data/` in thunlp/JustRL, and checks its number of rows. Local files may have any column layout that
-`data_sources` knows; JustRL's own come in two (`prompt`/`reward_model` and `problem`/`answer`).
+`sources` knows; JustRL's own come in two (`prompt`/`reward_model` and `problem`/`answer`).
 
 Problem and answer are stripped, as JustRL `evals/gen_vllm.py` does, and otherwise kept raw: AIME 2024 in JustRL's files has
 `\\boxed{204}` as its answer, which is the grader's business. Only two things are rewritten, both on the Hub's side. A whole

@@ -1,4 +1,4 @@
-"""Problems in, prompts out: before training every row is text with a text answer, or the bad rows are named.
+"""Turn rows of any dataset into checked, deduplicated, templated prompts.
 
 `load_problems` reads a Hub dataset or a local file in any layout the JustRL recipe meets and reduces it to three
 columns: `problem`, `solution` and `row` (the row number in the source, from 0). `prepare_problems` removes repeats,

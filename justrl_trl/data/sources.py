@@ -1,4 +1,4 @@
-"""Where rows come from, in any layout: a Hub dataset, a file or a folder, read by columns and in batches.
+"""Read problems from a Hub dataset, a file or a folder, in any known layout.
 
 `open_source` finds and opens one, `problem_columns` picks its two columns, `problem_text` and `answer_text` read their cells.
 Nothing is checked beyond that: what makes a usable row is the business of `data`. JSON files are read whole, everything

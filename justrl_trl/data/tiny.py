@@ -1,4 +1,4 @@
-"""The embedded default: an arithmetic task and a 0.6M-parameter base model, both made in code, nothing downloaded.
+"""The embedded arithmetic task and the 0.6M-parameter base model, both made in code.
 
 A laptop should see the real recipe raise a real reward within minutes, so the base must start where a weak pretrained
 base starts: it can do the task, but mostly does not. Its short supervised warm-up is drawn from three kinds of answer

@@ -1,4 +1,4 @@
-"""What an evaluation is asked to do: its arguments, the problems behind them, the settings that must not change, the plan."""
+"""Arguments of an evaluation, the settings that identify its samples, and its plan."""
 
 import hashlib
 import json

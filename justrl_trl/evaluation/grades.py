@@ -1,4 +1,4 @@
-"""From stored responses to scores: the grader, then a verifier model on what it rejects, then the numbers.
+"""Grade stored responses, ask the verifier about those that the grader rejects.
 
 Every run grades all responses again, a chunk in memory at a time. Whatever changed about the grader is thus in the result, and
 the folder's `grades.jsonl` says what this run thought of each response. Verdicts of a verifier are kept, and asked for again
@@ -89,8 +89,8 @@ def verify_all(
 
     def keep(key: Key, verdict: Judgement) -> None:
         name, problem, sample = key
-        told = {**asdict(verdict), **asked, "gold": _problem(tasks, key).answer}
-        store.verdicts.append({"benchmark": name, "problem": problem, "sample": sample, **told})
+        fields = {**asdict(verdict), **asked, "gold": _problem(tasks, key).answer}
+        store.verdicts.append({"benchmark": name, "problem": problem, "sample": sample, **fields})
         rejected[key].verdict = verdict.output
         on_verdict(1)
 

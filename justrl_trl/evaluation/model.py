@@ -1,4 +1,4 @@
-"""A model by its name: where it is, how it asks and stops, and what tells its weights from others under the same name."""
+"""The model to be evaluated: its path, chat template, stop tokens, and a fingerprint of its weights."""
 
 import hashlib
 import re

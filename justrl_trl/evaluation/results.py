@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: `results.json` for programs, `results.md` for people, `grades.jsonl` for doubts."""
+"""Write the results of an evaluation: `results.json`, `results.md`, `grades.jsonl`."""
 
 import json
 from dataclasses import asdict
@@ -39,8 +39,8 @@ def write_results(
     """
     scores = scores_of(tasks, grades)
     words = grader_words(args, verifier.model if verifier else None)
-    told = {"temperature": args.temperature, "top-p": args.top_p, "new tokens at most": args.max_new_tokens, "seed": args.seed}
-    text = tables(tasks, scores, args.model, {"grader": words, **told})
+    shown = {"temperature": args.temperature, "top-p": args.top_p, "new tokens at most": args.max_new_tokens, "seed": args.seed}
+    text = tables(tasks, scores, args.model, {"grader": words, **shown})
     record = {
         "model": args.model,
         "settings": store.settings,

@@ -6,7 +6,7 @@ all problems. Here a sample's seed follows from the evaluation's seed and from w
 the same call: an evaluation that goes on after an interruption asks for the samples that it would have asked for.
 
 One request is one sample. The servers' prefix cache makes the prompt cheap to repeat, no sample waits for a longer one of the
-same problem, and an interruption loses only what is being decoded. Nothing here knows files: `sample_store` keeps what
+same problem, and an interruption loses only what is being decoded. Nothing here knows files: `store` keeps what
 `sample_all` hands over, and training can validate with the same function.
 """
 
@@ -204,7 +204,7 @@ class Progress:
         self._what, self._total, self._unit, self._note = what, total, unit, note
         self._bar = tqdm(total=total, desc=what, unit=f" {unit}", disable=None, smoothing=0.02, dynamic_ncols=True)
         self._done, self._tokens = 0, 0
-        self._started = self._told = time.monotonic()
+        self._started = self._last_log = time.monotonic()
 
     def __enter__(self) -> "Progress":
         return self
@@ -226,8 +226,8 @@ class Progress:
         if not self._bar.disable:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(count)
-        elif now - self._told >= _LOG_SECONDS:
-            self._told = now
+        elif now - self._last_log >= _LOG_SECONDS:
+            self._last_log = now
             left = timedelta(seconds=round(elapsed * (self._total - self._done) / max(self._done, 1)))
             facts = ", ".join(filter(None, [f"{self._done:,}/{self._total:,} {self._unit}", note, f"left {left}"]))
             print(f"{self._what}: {facts}", flush=True)

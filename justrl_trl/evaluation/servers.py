@@ -1,4 +1,4 @@
-"""The servers of an evaluation: with nothing to train, every GPU is one.
+"""The servers of an evaluation: one per GPU, with weights from disk.
 
 Weights come from disk, so a server that is started again is current at once. A given server must hold exactly the weights that
 are to be judged: same model, same precision, and no push of a trainer on top.

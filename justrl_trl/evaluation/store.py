@@ -1,4 +1,4 @@
-"""Every finished response is on disk at once; an evaluation that was interrupted asks only for what is missing.
+"""Store every finished response at once, so that an interrupted evaluation asks only for what is missing.
 
 ```
 settings.json    what must be equal for two responses to be samples of the same thing; another evaluation is refused

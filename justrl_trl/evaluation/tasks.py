@@ -1,4 +1,4 @@
-"""The problems behind the names: the paper's benchmarks, files of one's own, embedded arithmetic that training never sees."""
+"""Problems by name: the paper's benchmarks, local files, the embedded arithmetic."""
 
 from pathlib import Path
 

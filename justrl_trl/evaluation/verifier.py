@@ -1,4 +1,4 @@
-"""Second opinion of a verifier model on what the rule grader rejects: JustRL's `evals/grade.py` asks CompassVerifier-3B.
+"""Ask a verifier model about responses that the rule grader rejects (JustRL's `evals/grade.py`, CompassVerifier-3B).
 
 The verifier is behind any OpenAI-compatible server; this is its client. Protocol `exact` repeats the reference to the letter:
 the question is empty (it never stored one), the gold answer is the raw field (AIME 2024: `\\boxed{204}`), the candidate is the

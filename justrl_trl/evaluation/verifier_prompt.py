@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""The prompt that CompassVerifier was trained with, word for word and blank for blank.
+"""The prompt of CompassVerifier, exactly as it was trained with it.
 
 From https://github.com/open-compass/CompassVerifier (`src/prompts.py`, `CV_PROMPT`), Apache License 2.0. Its three fields are
 filled in with `str.format`, hence the doubled braces.

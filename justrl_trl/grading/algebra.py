@@ -1,11 +1,11 @@
-r"""Are two short expressions equal? Model text becomes sympy objects here without ever being evaluated as Python.
+r"""Whether two short expressions are equal, without evaluating model text as Python.
 
 sympy's `parse_expr` works in two steps: it rewrites the text token by token into a Python expression (`2x` becomes
 `Integer(2)*Symbol('x')`), and then calls `eval` on it. The first step is kept, because the reference's verdicts depend on its
 details; the second is replaced by a walk over the syntax tree that knows five operators, a dozen names and nothing else. So
 there are no attributes, no strings outside `Symbol('x')`, no keywords, and numbers have a bounded size.
 
-What is left can still take long (`simplify`) or much memory: `equal` belongs into a worker process of `grading_pool`.
+What is left can still take long (`simplify`) or much memory: `equal` belongs into a worker process of `pool`.
 """
 
 import ast

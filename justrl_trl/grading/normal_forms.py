@@ -1,4 +1,4 @@
-r"""Two normal forms of a final answer, from text to text: all that the rule grader can know without algebra.
+r"""The two normal forms of a final answer in the rule grader.
 
 `mathd_form` is the normalisation of the MATH data set (Hendrycks et al. 2021, arXiv 2103.03874): two answers are equal when
 their LaTeX is, up to spelling. `plain_form` turns LaTeX into a line of calculator text that algebra can read. Both keep the

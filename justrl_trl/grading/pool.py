@@ -1,7 +1,7 @@
-"""Killable processes for symbolic grading: a hang, a crash or a memory bomb costs one item, never the run.
+"""Grade in processes that can be killed: a hang, a crash or too much memory costs one item.
 
 Libraries that simplify model text hang in spite of their own timeouts, leak memory, and can take the interpreter down. So it
-never happens in the calling process: each worker (`grading_worker`) is a fresh interpreter, not a fork of a process with
+never happens in the calling process: each worker (`worker`) is a fresh interpreter, not a fork of a process with
 threads and CUDA, with a memory limit. An item that is not done after `deadline_seconds` is wrong, its worker is killed and a
 new one takes over. What was lost is counted (`GradingPool.counts`) and logged in short; nothing of it is fatal.
 
@@ -50,7 +50,7 @@ class GradingPool:
         workers: processes at most; each starts when there is work for it. One per core is enough.
         deadline_seconds: per item, counted from the moment its worker is ready.
         max_chars: of a response that math-verify reads; a longer one is wrong. 200,000 is about 50,000 tokens. The rule grader
-            reads the answer only, of at most `grading.MAX_ANSWER_CHARS`.
+            reads the answer only, of at most `rule.MAX_ANSWER_CHARS`.
         memory_mib: address space of one worker in MiB; sympy and math-verify need about 70.
     """
 
@@ -63,7 +63,7 @@ class GradingPool:
             )
         self.workers, self.deadline_seconds, self.max_chars, self.memory_mib = workers, deadline_seconds, max_chars, memory_mib
         self.timeouts = self.too_long = self.crashed = 0  # items so far
-        self._crew: list[WorkerProcess] = []
+        self._running: list[WorkerProcess] = []
         self._owner = os.getpid()
         self._lock = threading.Lock()
         self._closed = False
@@ -77,8 +77,8 @@ class GradingPool:
     def close(self) -> None:
         """End all workers; the counters stay readable."""
         self._closed = True
-        while self._crew and self._owner == os.getpid():  # a forked copy has no workers of its own
-            self._crew.pop().stop()
+        while self._running and self._owner == os.getpid():  # a forked copy has no workers of its own
+            self._running.pop().stop()
 
     def counts(self) -> dict[str, int]:
         """Items so far that were not graded, by reason: a metric."""
@@ -129,8 +129,8 @@ class GradingPool:
                         for index in work[message]:
                             done(index, verdict)
                 finally:  # an exception leaves items half done, whose answers must not meet the next call
-                    for worker in [worker for worker in self._crew if worker.message is not None]:
-                        self._dismiss(worker)
+                    for worker in [worker for worker in self._running if worker.message is not None]:
+                        self._stop_worker(worker)
         return verdicts
 
     def _text_stage(self, response: str, truth: Any) -> Verdict | tuple[str, str]:
@@ -152,17 +152,17 @@ class GradingPool:
         """Hand the work out, one message per worker at a time; yields each with its verdict until all is done."""
         waiting = list(reversed(work))
         unready = 0  # workers in a row that ended before they were ready
-        while len(self._crew) < min(self.workers, len(work)):
-            self._hire()
-        while waiting or any(worker.message is not None for worker in self._crew):
-            for worker in self._crew:
+        while len(self._running) < min(self.workers, len(work)):
+            self._start_worker()
+        while waiting or any(worker.message is not None for worker in self._running):
+            for worker in self._running:
                 if worker.message is None and waiting:
                     worker.assign(waiting.pop())
             for worker, reply in self._events():
                 message, worker.message = worker.message, None
                 if reply is None or reply["retire"]:
-                    self._dismiss(worker)
-                    self._hire()
+                    self._stop_worker(worker)
+                    self._start_worker()
                 if reply is None and not worker.started:
                     unready += 1
                     self._give_up_after(unready)
@@ -174,7 +174,7 @@ class GradingPool:
 
     def _events(self) -> list[tuple[WorkerProcess, dict | None]]:
         """Wait until a busy worker has replied, or has ended or overrun its time: then its reply is None."""
-        busy = [worker for worker in self._crew if worker.message is not None]
+        busy = [worker for worker in self._running if worker.message is not None]
         with selectors.DefaultSelector() as selector:
             for worker in busy:
                 selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
@@ -220,9 +220,9 @@ class GradingPool:
                 f"`{sys.executable} -c 'import math_verify, pylatexenc'`, or raise memory_mib."
             )
 
-    def _hire(self) -> None:
-        self._crew.append(WorkerProcess(self.deadline_seconds, self.memory_mib))
+    def _start_worker(self) -> None:
+        self._running.append(WorkerProcess(self.deadline_seconds, self.memory_mib))
 
-    def _dismiss(self, worker: WorkerProcess) -> None:
-        self._crew.remove(worker)
+    def _stop_worker(self, worker: WorkerProcess) -> None:
+        self._running.remove(worker)
         worker.stop()

@@ -1,6 +1,6 @@
-"""The caller's end of one grading process: starts it, feeds it one item at a time without ever blocking, and kills it.
+"""The parent's end of one grading process: start, feed, receive, kill.
 
-The process is a fresh interpreter (`grading_worker`) and not a fork: the caller has threads and CUDA, and a fork of it would be
+The process is a fresh interpreter (`worker`) and not a fork: the caller has threads and CUDA, and a fork of it would be
 as large as it is. `multiprocessing`'s spawn would run the caller's main module again, which imports torch and TRL.
 """
 

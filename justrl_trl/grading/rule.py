@@ -71,7 +71,7 @@ def decide_by_algebra(given: str, truth: str, equal: Callable[[str, str], bool])
     """Compare two bare answers that `decide_by_text` left open. Only a worker process may call this.
 
     Args:
-        equal: says whether two elements in plain form are algebraically equal (`grading_algebra.equal`).
+        equal: says whether two elements in plain form are algebraically equal (`algebra.equal`).
     """
     return bool(_compare(given, truth, equal))
 

@@ -1,4 +1,4 @@
-"""The rule that pays +1 or -1: one string comparison and no parser, so a hostile completion costs 300 characters.
+"""The recipe's reward: +1 or -1 by one string comparison of the last box.
 
 `dapo_score` is the verifier JustRL trains with (verl's `math_dapo` reward, `strict_box_verify=True`). It departs from
 the usual "math-verify" reward on purpose: the last `\\boxed{...}` must lie in the last 100 characters and its content

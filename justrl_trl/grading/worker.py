@@ -1,7 +1,7 @@
-"""One grading process: `python -m justrl_trl.grading.worker PARENT DEADLINE MEMORY`. Reads items, answers them, may be killed.
+"""One grading process: `python -m justrl_trl.grading.worker PARENT DEADLINE MEMORY`.
 
 Algebra on model text can hang, exhaust memory or crash the interpreter, and nothing inside a process prevents that for sure. So
-it happens in processes like this one, which `grading_pool` starts and kills. This one limits its own memory (`RLIMIT_AS`) and
+it happens in processes like this one, which `pool` starts and kills. This one limits its own memory (`RLIMIT_AS`) and
 recursion, arms a kernel timer before each item that ends it even if its parent cannot (the parent may be gone, and Python may
 be stuck in one long multiplication), and ends when its parent has ended. It imports neither torch nor TRL.
 

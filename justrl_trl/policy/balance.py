@@ -1,4 +1,4 @@
-"""Who computes what: the sequences of one optimizer step, dealt into micro-batches of equal weight over all ranks.
+"""Deal the sequences of an optimizer step into micro-batches of equal work on all ranks.
 
 ZeRO-3 keeps ranks in lockstep, forward pass by forward pass, so the time of an optimizer step is the sum over micro-batches of
 the *heaviest rank's* tokens. Hence sequences are dealt over all ranks' micro-batches at once, longest first, and micro-batches

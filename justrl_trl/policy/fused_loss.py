@@ -1,4 +1,4 @@
-"""The objective without logits: hidden states and LM head go into one kernel that never holds a `(tokens, vocabulary)` matrix.
+"""LM head and objective in one kernel that never holds a `(tokens, vocabulary)` matrix.
 
 `loss_backend: liger` is Liger's fused linear GRPO loss; gradients of the head are computed in the forward pass. `trl` is TRL's
 own chunked head, which yields log-probabilities for the readable `loss.policy_loss`. Both run inside the model's forward pass,

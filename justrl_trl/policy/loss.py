@@ -1,4 +1,4 @@
-"""The objective, readable: PPO's ratio with an asymmetric clip (DAPO, arXiv 2503.14476, eq. 8-10) and a dual clip.
+"""The objective in plain torch: PPO's ratio with an asymmetric clip (DAPO, arXiv 2503.14476, eq. 8-10) and a dual clip.
 
 No KL term, no entropy bonus. Two ways to average over tokens, because the reference does not do what its name says.
 """

@@ -1,4 +1,4 @@
-"""From TRL's padded batches to what each rank runs through the model.
+"""Exchange the responses of all ranks and cut each rank's micro-batches.
 
 TRL leaves every rank with the responses to its own prompts, cut into optimizer steps. Ranks show each other all of them once
 per rollout step (three gathers), plan together (`balance`), and keep their share as packed rows.

@@ -1,4 +1,4 @@
-"""The policy as the training step uses it: packed rows in; log-probabilities, entropies or the loss out.
+"""Score and train the model on packed rows.
 
 Scoring and training take the same way through the model, inside its own forward pass: that is where DDP and ZeRO-3 do their
 work, and where a ratio of 1 before the first update comes from.

@@ -1,4 +1,4 @@
-"""What the checkpoints of a run will take, and whether the disk has it: told before the run, not on its ninth day."""
+"""Estimate the disk space that the checkpoints of a run need, and compare it with what is free."""
 
 import math
 import shutil

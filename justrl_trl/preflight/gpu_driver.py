@@ -1,4 +1,4 @@
-"""A GPU that the driver shows and torch cannot use: without a word, every library here would take the CPU.
+"""Detect a GPU that the driver lists and torch cannot use; otherwise everything would silently run on the CPU.
 
 `python -m justrl_trl.preflight.gpu_driver` is what the installation asks.
 """

@@ -1,4 +1,4 @@
-"""Who gets how much of a GPU that a training rank and a rollout server share: arithmetic, before either of them starts.
+"""Estimate GPU memory, and split a GPU that a training rank and a rollout server share.
 
 vLLM takes its share at its start and keeps it, and starts only where so much is free. So the share is what the trainer leaves
 at its peak, less a reserve, and the trainer is held to the rest: a server that dies next to it can come back.

@@ -1,4 +1,4 @@
-"""What a run on several machines needs and one machine has by itself: an address that all reach, a folder that all see."""
+"""Checks for runs on several machines: the weight address is reachable, the run folder is shared."""
 
 import ipaddress
 import secrets

@@ -1,5 +1,4 @@
-"""`dynamics.png`: the run at a glance, laid out like Figure 2 of the paper (entropy, reward, response length), and Figure 1
-(validation) where there is any."""
+"""`dynamics.png`: entropy, reward and response length (Figure 2 of the paper), and validation (Figure 1)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""From graded responses to numbers: avg@N, its error, pass@k, maj@k, lengths. Pure numpy, and every number is exact or seeded.
+"""Scores of graded responses: avg@N with errors, pass@k, maj@k, lengths.
 
 All scores and shares are fractions in [0, 1]; tables print percent. The unit of evidence is the problem: N responses to one
 problem are not N independent trials, so errors are taken over problem means. They say how far the score would move with

@@ -1,4 +1,4 @@
-"""The result of an evaluation as Markdown: our row beside the paper's, then the details, then pass@k and maj@k.
+"""Results of an evaluation as Markdown, beside the paper's.
 
 Columns are padded, so the text reads as well in a terminal as on GitHub. What would make the comparison unfair is said under
 the table and not left to the reader: another grader, another N, part of the problems, an average over fewer than nine.

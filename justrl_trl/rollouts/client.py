@@ -1,4 +1,4 @@
-"""The client side of one vLLM server: ask for rollouts, score fixed tokens, and drive a weight update.
+"""HTTP client of one vLLM server: sample, score fixed tokens, drive a weight update.
 
 One request per prompt, so that a response comes back when it is done and not when the slowest of 2,048 is, and a deadline on
 every call, so that no server can hang the trainer; `pool` decides who is asked. Token ids both ways: what the server sampled

@@ -1,4 +1,4 @@
-"""Prompts to the servers of a pool and responses back, whatever servers do meanwhile.
+"""Give prompts to the servers of a pool, and again when a server is lost.
 
 One request per prompt goes to the least loaded live server. What a lost server had goes to another one, with the same seed;
 what has been received is never asked for twice. Prompts are given out and taken back in the thread that calls `Rollouts.run`;

@@ -1,4 +1,4 @@
-"""From the pool, which rank 0 alone talks to, to every rank: the responses of a rollout step, wave by wave as they finish.
+"""Bring responses from rank 0 to every rank, in waves as they finish.
 
 Rank 0 lets the pool work in a thread and passes on what has come back whenever there is enough for every rank to score one full
 micro-batch; the others wait for its word, never longer than `PATIENCE_SECONDS`, however long the longest response takes.

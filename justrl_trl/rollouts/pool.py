@@ -1,7 +1,7 @@
-"""Any number of rollout servers, none of which can take the run down.
+"""A pool of rollout servers: which are healthy, current, lost, or back.
 
 The pool knows who is there: a server that dies, hangs, answers errors or nonsense, or holds old weights gets no prompt until
-it is healthy and current again, and a managed one is started again. `dispatch` asks those that are live; `weight_senders`
+it is healthy and current again, and a managed one is started again. `dispatch` asks those that are live; `weights.sender`
 brings the others up to date. Probing threads, one per server, only say which server is up.
 """
 
@@ -179,13 +179,13 @@ class RolloutPool:
         Raises:
             AllServersDown: after `wait_seconds`.
         """
-        started, told = time.monotonic(), -math.inf
+        started, reported = time.monotonic(), -math.inf
         while not any(member.state in states for member in self.members):
             waited = time.monotonic() - started
             if waited > self.wait_seconds:
                 raise AllServersDown(f"No rollout server came back within {self.wait_seconds:.0f} s. {self.describe()}")
-            if waited - told >= 15:
-                told = waited
+            if waited - reported >= 15:
+                reported = waited
                 self.say(f"no rollout server is left; waiting, {self.wait_seconds - waited:.0f} s to go")
             time.sleep(0.2)
 

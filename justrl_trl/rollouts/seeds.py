@@ -1,4 +1,4 @@
-"""Sampling seeds: every response of a run has one of its own, and other runs, held-out problems and probes have others.
+"""Sampling seeds: every response of a run has its own, and other runs and purposes have others.
 
 vLLM gives response k of a request with seed s the seed s + k, so requests whose seeds are less than n apart would sample the
 same random numbers for several of their responses.

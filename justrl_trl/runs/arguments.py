@@ -1,4 +1,4 @@
-"""What the launch line is told: a recipe file, which may build on another one, and options, which win."""
+"""Command-line arguments and recipe files of the training scripts; a recipe may build on another one."""
 
 import dataclasses
 import sys

@@ -1,4 +1,4 @@
-"""The run folder: what a researcher wants to find the morning after.
+"""The run folder: paths of its files, the resolved configuration, and what happens to an earlier run.
 
 ```
 config.yaml        the resolved configuration, loadable with --config

@@ -1,4 +1,4 @@
-"""Problems that are never trained on, sampled before and after training with the training's own settings and rewards."""
+"""Held-out problems, sampled before and after training with the training's own settings and rewards."""
 
 from transformers import TrainerCallback
 

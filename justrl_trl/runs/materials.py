@@ -1,4 +1,4 @@
-"""What a run needs, found before anything starts: tokenizer, data, benchmarks, and what it takes in memory and on disk."""
+"""Find what a run needs before anything starts: tokenizer, data, benchmarks, memory and disk estimates."""
 
 import socket
 from collections.abc import Callable

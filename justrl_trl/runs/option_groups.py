@@ -1,4 +1,4 @@
-"""`--help` of the training scripts: what users set most, in groups; everything else is behind `--help_all`."""
+"""Groups of `--help` in the training scripts; all other options are shown by `--help_all`."""
 
 GROUPS = {
     "recipe and model": (

@@ -1,4 +1,4 @@
-"""What the terminal shows: the plan, a line per rollout step, the table at the end."""
+"""Terminal output of a run: the plan, and one line per rollout step."""
 
 from datetime import timedelta
 

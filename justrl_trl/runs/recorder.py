@@ -1,4 +1,4 @@
-"""Writes the run folder while training goes on: metrics and samples of every rollout step, and the picture."""
+"""Callback that writes metrics, samples and the figure of every rollout step into the run folder."""
 
 import math
 import time

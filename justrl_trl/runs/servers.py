@@ -1,4 +1,4 @@
-"""The rollout servers of a run: started here, or given by address and checked before they are used."""
+"""The rollout servers of a run: start managed ones, connect to all of them, check that they fit the recipe."""
 
 import os
 from pathlib import Path

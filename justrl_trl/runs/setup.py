@@ -1,4 +1,4 @@
-"""What the launch line does before there is a trainer: look at the machine, find model and data, end in one paragraph."""
+"""Checks of the machine, path of the model, and training data of a run."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The run in a dozen numbers: `summary.json` and the table at the end."""
+"""`summary.json` and the table at the end of a run."""
 
 import json
 from datetime import timedelta

@@ -1,4 +1,4 @@
-"""Benchmarks while training: their own sampling, on the servers that make the rollouts, with the weights just pushed.
+"""Callback that scores benchmarks during training, on the rollout servers, with the weights just pushed.
 
 The reference validates before training, every 50 rollout steps and at the end, on AIME 2024, AIME 2025 and AMC 2023: 32
 responses to a problem at temperature 0.7 and top-p 0.9, up to 31,744 tokens, after the training prompt (a blank line before

@@ -1,4 +1,4 @@
-"""One key in front of every endpoint of a rollout server.
+"""Require a key for every endpoint of a rollout server.
 
 vLLM's own `--api-key` guards `/v1/*` only: with the development routes on (weight transfer needs them), anyone who reaches
 the port could replace the weights or stop the engine. This ASGI middleware (vLLM's `--middleware`) answers 401 to every

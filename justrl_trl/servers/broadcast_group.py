@@ -1,4 +1,4 @@
-"""A broadcast group of the trainer's rank 0 and the rollout workers: how they find each other, whatever carries the data.
+"""Base class of the broadcast groups between rank 0 and the rollout workers: rendezvous over one address.
 
 It lives beside `torch.distributed`'s default group (the ranks of the trainer): own store, own port, own deadline. The store
 binds the one address that the user gives, never all interfaces. `gloo_group` and `nccl_group` are the two that there are.

@@ -1,4 +1,4 @@
-"""A vLLM server of our own on this machine: the command, the environment, the wait, the end.
+"""A managed vLLM server: command line, environment, start, wait, stop.
 
 `ManagedServer` is what the launch line uses when no server address is given. Without a GPU it takes one core and a fixed
 KV-cache size (vLLM otherwise asks for most of the node's memory); with GPUs it takes one that no training rank uses, or

@@ -1,4 +1,4 @@
-"""The engine classes of `vllm_plugin`, apart because they may only be imported where vLLM already is."""
+"""Weight-transfer engines inside a vLLM worker; only imported where vLLM already is."""
 
 import logging
 import os

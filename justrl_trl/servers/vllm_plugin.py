@@ -1,4 +1,4 @@
-"""What runs inside a vLLM worker: weight-transfer engines that keep a server alive through a broken push.
+"""vLLM plugin: registers weight-transfer engines that survive a broken push.
 
 vLLM's own engines move weights over NCCL or CUDA IPC only, without a deadline, and put the parameters on the meta device when
 an update starts: a push that breaks takes the server with it. These receive the same checkpoint-format tensors over gloo

@@ -1,4 +1,4 @@
-"""When the trainer pushes: before the first rollout step and after every one."""
+"""Callback that pushes weights before the first rollout step and after every one."""
 
 from transformers import TrainerCallback
 

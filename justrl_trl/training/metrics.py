@@ -36,7 +36,7 @@ def scoring_sums(entropies: list[torch.Tensor], reference_order: list[int]) -> t
 
     Args:
         entropies: `(T_i,)` nats of each response token under the sampling policy, one tensor per sequence, in original order.
-        reference_order: see `scoring.reference_order`.
+        reference_order: see `old_logps.reference_order`.
     """
     own = torch.stack([one.double().sum() for one in entropies]).sum()
     swapped = [entropies[j][: len(one)] for one, j in zip(entropies, reference_order, strict=True)]

@@ -1,9 +1,9 @@
-"""Old log-probabilities: what the policy that sampled gives every response token, before the first update.
+"""Old log-probabilities: score every response under the policy that sampled it, before the first update.
 
-The reference scores when all responses are there. Here a response can be scored as soon as it is, wave by wave, while the
-servers still work on the longest ones (see `generation`): at the paper's lengths most servers have nothing left to do in the
-second half of a generation, and trainers wait for the whole of it. Who scores a response and who trains on it are different
-ranks in general, so log-probabilities are exchanged once, when the rollout step is complete.
+The reference scores after the last response. Here responses can be scored wave by wave, while the servers still work on the
+longest ones (see `rollouts.generation`): at the paper's lengths most servers idle during the second half of a generation, and
+trainers during all of it. In general one rank scores a response and another one trains on it, so log-probabilities are
+exchanged once, when the rollout step is complete.
 """
 
 from collections.abc import Callable, Iterable
@@ -65,8 +65,8 @@ class Scores:
         """Give this rank's micro-batches the log-probabilities of their responses: one gather.
 
         Args:
-            everyone: the sequences of the rollout step, as `micro_batches.exchange` orders them; all scored.
-            steps: this rank's share, from `micro_batches.share_out`; `old_logps` is filled in.
+            everyone: the sequences of the rollout step, as `policy.micro_batches.exchange` orders them; all scored.
+            steps: this rank's share, from `policy.micro_batches.share_out`; `old_logps` is filled in.
         """
         sizes = [sum(tokens for _, tokens in held) for held in self._held]
         own = torch.zeros(max(sizes), dtype=torch.float32, device=self._accelerator.device)

@@ -1,4 +1,4 @@
-"""What the reference's optimizer does beyond AdamW: warm up per rollout step, and leave out updates that are not finite."""
+"""The reference's additions to AdamW: warm-up per rollout step, and skipped updates that are not finite."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The trainer's side of a weight push: push, compare with every server on fixed tokens, and compare on responses."""
+"""The trainer's side of a weight push: push, then compare log-probabilities with every server."""
 
 from justrl_trl.errors import ServerError, StoppedByRankZero
 from justrl_trl.policy.micro_batches import OptimizerStep, scored_sequences

@@ -1,4 +1,4 @@
-"""Which rewards a run adds up: the recipe's strict verifier alone, or what the ablations of Figure 3 put in its place.
+"""Reward functions of a run: the recipe's strict verifier, or what the ablations of Figure 3 use.
 
 `verifier: robust` pays the same +1 and -1, by the rules of the evaluation grader (DeepScaleR's: LaTeX normal forms, then
 algebra) instead of character by character. `overlong_buffer_length` adds DAPO's soft penalty as a reward of its own, so that
@@ -58,7 +58,7 @@ def robust_reward(
 
 
 def overlong_reward(max_response_length: int, buffer_length: int, penalty_factor: float) -> RewardFunction:
-    """A TRL reward function: `rewards.overlong_penalty` of each completion's tokens, from 0 down to `-penalty_factor`."""
+    """A TRL reward function: `grading.strict.overlong_penalty` of each completion, from 0 down to `-penalty_factor`."""
 
     def overlong(completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
         return [overlong_penalty(len(ids), max_response_length, buffer_length, penalty_factor) for ids in completion_ids]

@@ -1,4 +1,4 @@
-"""Responses of a rollout step: prompts go to the servers through rank 0, responses come back to every rank in waves.
+"""Sample the responses of a rollout step: prompts go to the servers through rank 0, responses come back in waves.
 
 Every function is called on every rank.
 """

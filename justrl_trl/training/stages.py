@@ -1,4 +1,4 @@
-"""Where the time of a rollout step goes."""
+"""Measure the seconds of each stage of a rollout step."""
 
 import time
 from collections import defaultdict

@@ -113,7 +113,7 @@ class JustRLTrainer(GRPOTrainer):
     def save_before_giving_up(self) -> None:
         """A checkpoint at the last finished rollout step, unless there is one; on all ranks."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if broadcast_object_list([self.state.global_step > 0 and not folder.exists()])[0]:  # rank 0 has the say
+        if broadcast_object_list([self.state.global_step > 0 and not folder.exists()])[0]:  # rank 0 decides for all
             self._save_checkpoint(self.model, trial=None)
             if self.accelerator.is_main_process:
                 self.pool.say(f"saved {folder}; --resume_from_checkpoint True goes on from it")

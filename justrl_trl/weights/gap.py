@@ -1,7 +1,7 @@
-"""Are rollouts samples of the policy that is trained? How far the servers' log-probabilities are from the trainer's says it.
+"""Measure and judge the gap between log-probabilities of trainer and servers.
 
 Measured twice in a rollout step: on fixed sequences after every push, at every server (other weights, scrambled weights), and
-on a few of the responses themselves (another sampler than the trainer believes). `weight_sync.WeightSync` takes the
+on a few of the responses themselves (another sampler than the trainer believes). `sync.WeightSync` takes the
 measurements.
 """
 
@@ -93,16 +93,16 @@ def check_rollouts(
         ServerError: if the mean of a server is beyond `limit`.
     """
 
-    def told(beyond: float) -> str:
+    def describe(beyond: float) -> str:
         far = [f"{url} by {gap.mean:.3f}" for url, gap in gaps.items() if not gap.mean <= beyond]
         return f"{' and '.join(far)} in log-probability, on average over its share of {responses} responses"
 
     gap = widest(gaps.values())
     if not gap.mean <= limit:
         raise ServerError(
-            f"In this rollout step trainer and server differ: {told(limit)} > gap_limit={limit}. What was sampled is not this "
-            "policy's. Check that both run the pinned versions, and the sampling options of the server."
+            f"In this rollout step trainer and server differ: {describe(limit)} > gap_limit={limit}. What was sampled is not "
+            "this policy's. Check that both run the pinned versions, and the sampling options of the server."
         )
     if gap.mean > warning:
-        say(f"warning: trainer and server differ: {told(warning)} > gap_warning={warning}")
+        say(f"warning: trainer and server differ: {describe(warning)} > gap_warning={warning}")
     return {"rollout/logprob_gap_max": gap.largest, "rollout/logprob_gap_mean": gap.mean, "rollout/logprob_kl": gap.k3}

@@ -1,4 +1,4 @@
-"""How weights get from rank 0 to all servers of the pool: over gloo (any machine) or NCCL (servers with GPUs of their own)."""
+"""Send weights from rank 0 to all servers of the pool, over gloo or NCCL."""
 
 import time
 from collections.abc import Callable
@@ -146,13 +146,13 @@ class WeightSender:
             if "do not fit the served model" in str(error):  # another attempt would end the same way
                 raise error
         if errors:
-            for member, why in self._guilty(calls):
+            for member, why in self._members_to_drop(calls):
                 self._pool.lose(member, why)
             raise PushBroken(f"{during}: {errors[0]}")
 
-    def _guilty(self, calls: list[Background]) -> list[tuple[Member, object]]:
-        """Who broke it. One member's failure makes the others fail too, later, and those must not pay for it: so it is
-        whoever does not answer a probe, or else whose error came first."""
+    def _members_to_drop(self, calls: list[Background]) -> list[tuple[Member, object]]:
+        """Members that caused the failure. One member's failure makes the others fail too, later; those stay. The cause is
+        every member that does not answer a health check, or else the member whose error came first."""
         probes = [Background(partial(member.client.health, _PROBE_SECONDS)) for member in self._members]
         for probe in probes:
             probe.join(3 * _PROBE_SECONDS)

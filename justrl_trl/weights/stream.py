@@ -1,4 +1,4 @@
-"""The policy as a stream of full tensors: gathered under ZeRO-3 one by one, adapters merged, names of the checkpoint."""
+"""The policy as a stream of full tensors: gathered under ZeRO-3, adapters merged, checkpoint names."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext

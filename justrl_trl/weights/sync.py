@@ -1,6 +1,6 @@
-"""Trainer -> servers: push the policy, and prove that it arrived.
+"""Push the policy to the servers, and prove that it arrived.
 
-After every rollout step the policy's weights travel from rank 0 to the rollout servers (`policy_weights`, `weight_sender`),
+After every rollout step the policy's weights travel from rank 0 to the rollout servers (`stream`, `sender`),
 stamped with a version. Then two checks, of every server: the version is read back, and the log-probabilities of fixed tokens
 are compared between trainer and server. Stale or scrambled weights show there at once; "watch the reward" is not a test.
 """

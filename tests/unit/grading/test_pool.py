@@ -48,7 +48,7 @@ def test_verdicts_come_in_the_order_of_the_items_whoever_graded_them(pool):
     verdicts = pool.grade(items, on_done=lambda index, verdict: seen.append((index, verdict)))
     assert [verdict.correct for verdict in verdicts] == [bool(k % 3) for k in range(40)]
     assert sorted(seen, key=lambda pair: pair[0]) == list(enumerate(verdicts))
-    assert len(pool._crew) == 2 and len({worker.process.pid for worker in pool._crew}) == 2
+    assert len(pool._running) == 2 and len({worker.process.pid for worker in pool._running}) == 2
 
 
 def test_what_its_text_decides_starts_no_process():
@@ -61,14 +61,14 @@ def test_what_its_text_decides_starts_no_process():
             ("\\boxed{5}", None),
         ]
         assert [verdict.correct for verdict in pool.grade(items)] == [True, False, False, True, False]
-        assert pool._crew == []
+        assert pool._running == []
 
 
 def test_equal_items_are_graded_once():
     with GradingPool(workers=4) as pool:
         assert pool.grade([EASY, WRONG, EASY] * 50) == [Verdict(True), Verdict(False), Verdict(True)] * 50
         assert pool.grade([EASY] * 50) == [Verdict(True)] * 50
-        assert len(pool._crew) == 2  # for two kinds of items, two workers
+        assert len(pool._running) == 2  # for two kinds of items, two workers
 
 
 def test_a_hang_ends_at_the_deadline_and_the_next_item_is_graded(pool):
@@ -86,15 +86,15 @@ def test_items_above_the_caps_are_wrong_and_counted():
         assert pool.grade([(f"\\boxed{{{long}}}", "x+1")]) == [Verdict(False, "too_long")]
         assert pool.grade([(f"\\boxed{{{long}}}", long)]) == [Verdict(True)]  # its text decides
         assert pool.grade([("\\boxed{5}" + " " * 100, "5")], "math_verify") == [Verdict(False, "too_long")]
-        assert pool.counts() == {"timeouts": 0, "too_long": 2, "crashed": 0} and pool._crew == []
+        assert pool.counts() == {"timeouts": 0, "too_long": 2, "crashed": 0} and pool._running == []
 
 
 def test_a_worker_that_dies_costs_its_item_only():
     with GradingPool(deadline_seconds=60) as pool:
 
         def kill():
-            wait_until(lambda: any(worker.started for worker in pool._crew))
-            pool._crew[0].process.kill()
+            wait_until(lambda: any(worker.started for worker in pool._running))
+            pool._running[0].process.kill()
 
         killer = threading.Thread(target=kill)
         killer.start()
@@ -105,7 +105,7 @@ def test_a_worker_that_dies_costs_its_item_only():
 
 def test_a_worker_that_dies_between_items_costs_nothing(pool):
     assert pool.grade([EASY])[0].correct
-    for worker in pool._crew:
+    for worker in pool._running:
         worker.process.kill()
         worker.process.wait()
     crashed = pool.counts()["crashed"]
@@ -117,7 +117,7 @@ def test_memory_of_a_worker_is_bounded_and_its_bomb_harmless():
     bomb = ("\\boxed{" + "\\begin{pmatrix}1&2\\\\" * 18 + "}", "x")
     with GradingPool(memory_mib=256, deadline_seconds=30) as pool:
         assert pool.grade([bomb, EASY])[1] == Verdict(True)
-        limits = [psutil.Process(worker.process.pid).rlimit(psutil.RLIMIT_AS) for worker in pool._crew]
+        limits = [psutil.Process(worker.process.pid).rlimit(psutil.RLIMIT_AS) for worker in pool._running]
         assert limits == [(256 * 2**20, 256 * 2**20)]
         assert not pool.grade([bomb])[0].correct
 
@@ -125,9 +125,9 @@ def test_memory_of_a_worker_is_bounded_and_its_bomb_harmless():
 def test_a_grown_worker_is_replaced():
     with GradingPool(memory_mib=128) as pool:  # a third of it is less than sympy itself
         assert pool.grade([EASY]) == [Verdict(True)]
-        first = pool._crew[0].process.pid
+        first = pool._running[0].process.pid
         assert pool.grade([WRONG]) == [Verdict(False)]
-        assert pool._crew[0].process.pid != first and pool.counts()["crashed"] == 0
+        assert pool._running[0].process.pid != first and pool.counts()["crashed"] == 0
 
 
 def test_an_exception_in_the_middle_leaves_no_stale_verdict(pool):
@@ -165,7 +165,7 @@ import sys, time
 from justrl_trl.grading.pool import GradingPool
 pool = GradingPool(workers=2, deadline_seconds=1.0)
 pool.grade([("\\\\boxed{1+x}", "x+1"), ("\\\\boxed{2+x}", "x+1")])
-print(*(worker.process.pid for worker in pool._crew), flush=True)
+print(*(worker.process.pid for worker in pool._running), flush=True)
 if sys.argv[1] == "busy":
     pool.grade([("$9^{9^{9^9}}$", "5"), ("$8^{9^{9^9}}$", "5")], "math_verify")
 time.sleep(60)
@@ -188,7 +188,7 @@ def test_workers_end_with_a_parent_that_is_killed(state):
 
 def test_workers_survive_ctrl_c_of_their_caller(pool):
     pool.grade([EASY, WRONG])
-    assert all(os.getpgid(worker.process.pid) != os.getpgid(0) for worker in pool._crew)
+    assert all(os.getpgid(worker.process.pid) != os.getpgid(0) for worker in pool._running)
 
 
 def test_workers_are_light_and_the_grader_leaves_sympy_to_them():
@@ -215,9 +215,9 @@ def test_a_fork_neither_uses_nor_ends_the_workers_of_its_parent(pool):
             os._exit(7 if grade_answer(*EASY) else 1)  # by a shared pool of its own
         os._exit(2)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    pids = [worker.process.pid for worker in (*pool._crew, *shared_pool()._crew)]
+    pids = [worker.process.pid for worker in (*pool._running, *shared_pool()._running)]
     assert pool.grade([EASY])[0].correct and grade_answer(*EASY)
-    assert pids == [worker.process.pid for worker in (*pool._crew, *shared_pool()._crew)]
+    assert pids == [worker.process.pid for worker in (*pool._running, *shared_pool()._running)]
 
 
 def test_a_worker_that_cannot_start_is_an_error_of_the_installation(monkeypatch):
