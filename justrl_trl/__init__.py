@@ -9,13 +9,13 @@ logging.getLogger("vllm.triton_utils.importing").setLevel(logging.ERROR)
 
 _PUBLIC = {
     "JustRLConfig": "justrl_trl.config",
-    "JustRLTrainer": "justrl_trl.trainer",
-    "dapo_reward": "justrl_trl.rewards",
-    "dapo_score": "justrl_trl.rewards",
-    "group_advantages": "justrl_trl.advantage",
-    "load_problems": "justrl_trl.data",
-    "overlong_penalty": "justrl_trl.rewards",
-    "policy_loss": "justrl_trl.loss",
+    "JustRLTrainer": "justrl_trl.training.trainer",
+    "dapo_reward": "justrl_trl.grading.strict",
+    "dapo_score": "justrl_trl.grading.strict",
+    "group_advantages": "justrl_trl.training.advantage",
+    "load_problems": "justrl_trl.data.problems",
+    "overlong_penalty": "justrl_trl.grading.strict",
+    "policy_loss": "justrl_trl.policy.loss",
 }
 __all__ = sorted(_PUBLIC)
 

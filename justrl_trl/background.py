@@ -1,4 +1,4 @@
-"""A call in a daemon thread, for HTTP calls whose server may hang: Python joins an executor's threads at its exit."""
+"""Calls in daemon threads, e.g. to a server that may hang. (Python waits for an executor's threads at its exit.)"""
 
 import threading
 import time
@@ -23,3 +23,10 @@ class Background(threading.Thread):
             self.result = self._call()
         except Exception as error:  # looked at by whoever joins
             self.error, self.ended = error, time.monotonic()
+
+
+def wait_for(call: Background) -> None:
+    """Block until `call` has returned; raise what it raised."""
+    call.join()
+    if call.error is not None:
+        raise call.error

@@ -1,14 +1,18 @@
-"""The rules between the knobs of `config`: what the recipe cannot honour, and what follows from what is given.
+"""Rules between the fields of `JustRLConfig`: what is refused, and what is derived.
 
 Each message names the value, the reason and the remedy. Everything here runs before a model is loaded or a server started.
 """
 
-import math
+import dataclasses
 import os
 
 import torch
+from trl import GRPOConfig
 
-_HF_DEFAULTS = {"max_steps": -1, "save_steps": 500, "logging_steps": 10, "warmup_steps": 0}
+from justrl_trl.errors import ConfigError
+from justrl_trl.knobs import check_bounds, check_value
+
+_HF_DEFAULTS = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
 
 
 class Rules:
@@ -38,6 +42,10 @@ class Rules:
             "off_policy_mask_threshold": (None, "the recipe trains on every token"),
             "sync_ref_model": (False, "there is no reference model"),
             "use_liger_kernel": (False, "TRL 1.16 has no Liger loss behind it, and its layer patches are deprecated"),
+            "eval_strategy": (
+                "no",
+                "there is no eval_dataset: use heldout_size or validation_benchmarks",
+            ),
             "save_strategy": ("steps", "checkpoints lie between rollout steps: use save_rollout_steps"),
             "temperature": (
                 1.0,
@@ -48,10 +56,10 @@ class Rules:
         for name, (value, reason) in fixed.items():
             given = getattr(self, name)
             if getattr(given, "value", given) != value:
-                raise ValueError(f"{name}={given!r} is not supported: {reason}. Leave it at {value!r}.")
+                raise ConfigError(f"{name}={given!r} is not supported: {reason}. Leave it at {value!r}.")
 
         if self.tf32:
-            raise ValueError(
+            raise ConfigError(
                 "tf32=True is not supported: it holds for the whole process, also for the rotary angles, which TF32 computes "
                 "exactly only up to position 2,048. Leave it unset: the loss uses TF32 by itself where that is safe."
             )
@@ -59,62 +67,27 @@ class Rules:
     def _gather_servers(self) -> None:
         if self.vllm_server_base_url:
             if self.rollout_servers not in (None, [self.vllm_server_base_url]):
-                raise ValueError(
+                raise ConfigError(
                     f"rollout_servers={self.rollout_servers} and vllm_server_base_url={self.vllm_server_base_url!r} name "
                     "different servers. Give all of them as rollout_servers."
                 )
             self.rollout_servers = [self.vllm_server_base_url]
         for url in self.rollout_servers or ():
             if not url.startswith(("http://", "https://")):
-                raise ValueError(f"rollout_servers: {url!r} is not an address. Write it as http://HOST:PORT.")
+                raise ConfigError(f"rollout_servers: {url!r} is not an address. Write it as http://HOST:PORT.")
         if len(set(self.rollout_servers or ())) < len(self.rollout_servers or ()):
-            raise ValueError(f"rollout_servers={self.rollout_servers} names a server twice. Give each once.")
+            raise ConfigError(f"rollout_servers={self.rollout_servers} names a server twice. Give each once.")
 
     def _check_ranges(self) -> None:
-        least = {"generation_batch_size": 1, "steps_per_generation": 1, "num_generations": 2, "num_iterations": 1}
-        least |= {"num_rollout_steps": 1, "warmup_rollout_steps": 0, "save_rollout_steps": 0}
-        least |= {
-            "max_skipped_steps": 1,
-            "managed_servers": 1,
-            "gap_responses": 0,
-            "max_prompt_length": 1,
-            "max_completion_length": 1,
-            "heldout_generations": 1,
-            "num_completions_to_save": 0,
-            "overlong_buffer_length": 0,
-            "validation_every": 1,
-            "validation_max_new_tokens": 1,
-        }
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < minimum:
-                raise ValueError(
-                    f"{name}={value!r} makes no sense: it counts something. Give an integer of at least {minimum}."
-                )
-        choices = {"loss_normalization": ("reference", "token_mean"), "loss_backend": ("liger", "trl")}
-        choices |= {"verifier": ("strict", "robust"), "validation_grader": ("math_verify", "rule")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Use {known[0]!r} or {known[1]!r}.")
-        fractions = {"validation_top_p": (0, 1), "validation_temperature": (-1e-9, math.inf)}
-        fractions |= {"overlong_penalty_factor": (-1e-9, math.inf), "vllm_gpu_memory_utilization": (0, 1)}
-        if self.shared_gpu_memory_utilization is not None:
-            fractions["shared_gpu_memory_utilization"] = (0, 1)
-        for name, (above, most) in fractions.items():
-            if not above < getattr(self, name) <= most:
-                raise ValueError(f"{name}={getattr(self, name)} makes no sense. Give a number from {max(above, 0)} to {most}.")
-        if self.validation_samples is not None and self.validation_samples < 1:
-            raise ValueError(
-                f"validation_samples={self.validation_samples} makes no sense: it counts responses. Give at least 1, or leave "
-                "it unset for the paper's number."
-            )
+        check_bounds(self)
+        check_value("num_iterations", self.num_iterations, {"min": 1})  # TRL's field
         if self.overlong_buffer_length > self.max_completion_length:
-            raise ValueError(
+            raise ConfigError(
                 f"overlong_buffer_length={self.overlong_buffer_length} is more than max_completion_length="
                 f"{self.max_completion_length}: even the shortest response would be penalised. Use less."
             )
         if self.delta is None or self.delta <= 1 + self.epsilon_high:
-            raise ValueError(
+            raise ConfigError(
                 f"delta={self.delta} must lie above 1 + epsilon_high = {1 + self.epsilon_high:g}: it bounds ratios that the "
                 "upper clip lets through. The reference uses 10; for no dual clip give a large number."
             )
@@ -124,19 +97,19 @@ class Rules:
         if self.generation_batch_size % shares:
             lower = self.generation_batch_size // shares * shares
             examples = f"{lower} or {lower + shares}" if lower else f"{shares}"
-            raise ValueError(
+            raise ConfigError(
                 f"generation_batch_size={self.generation_batch_size} does not divide into {self.steps_per_generation} "
                 f"optimizer steps x {world_size} ranks = {shares} equal shares. Use a multiple of {shares} (for example "
                 f"{examples}), or another number of ranks."
             )
         if self.generation_batch_size % self.num_generations:
-            raise ValueError(
+            raise ConfigError(
                 f"generation_batch_size={self.generation_batch_size} does not hold whole groups of num_generations="
                 f"{self.num_generations}. Advantages need full groups: use a multiple of {self.num_generations}."
             )
         rows = self.generation_batch_size // shares
         if self.per_device_train_batch_size not in (None, rows):
-            raise ValueError(
+            raise ConfigError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size} contradicts generation_batch_size="
                 f"{self.generation_batch_size} over {world_size} ranks, which gives {rows}. Leave it unset."
             )
@@ -154,7 +127,7 @@ class Rules:
         for name, (value, instead) in derived.items():
             given = getattr(self, name)
             if given not in (value, _HF_DEFAULTS[name]):
-                raise ValueError(
+                raise ConfigError(
                     f"{name}={given} counts optimizer steps, of which a rollout step has {per_rollout}. Here a run is laid out "
                     f"in rollout steps: use {instead} instead."
                 )
@@ -177,7 +150,7 @@ class Rules:
 
     def _prepare_deepspeed_on_cpu(self) -> None:
         if self.use_cpu:
-            raise ValueError(
+            raise ConfigError(
                 "use_cpu=True makes accelerate drop DeepSpeed without a word. Leave it off: a CPU is found by itself."
             )
         import deepspeed.ops
@@ -200,12 +173,12 @@ class Rules:
     def _check_lengths(self) -> None:
         full = self.max_prompt_length + self.max_completion_length
         if self.vllm_max_model_length < full:
-            raise ValueError(
+            raise ConfigError(
                 f"vllm_max_model_length={self.vllm_max_model_length} cannot hold max_prompt_length + max_completion_length = "
                 f"{self.max_prompt_length} + {self.max_completion_length} = {full} tokens. Leave it unset."
             )
         if self.max_tokens_per_micro_batch < full:
-            raise ValueError(
+            raise ConfigError(
                 f"max_tokens_per_micro_batch={self.max_tokens_per_micro_batch} cannot hold one full sequence of "
                 f"max_prompt_length + max_completion_length = {full} tokens. Use at least {full}."
             )

@@ -14,18 +14,27 @@ asks only for what is missing; with another --grader, or a verifier, it grades a
 import sys
 import time
 
-from justrl_trl.evaluation import Progress, Request, Response, check_fits, eval_sampling, prompt_ids, requests_of, sample_all
-from justrl_trl.evaluation_arguments import EvaluateArguments, folder_of, parse, plan_lines, settings_of
-from justrl_trl.evaluation_grades import grade_all, verify_all
-from justrl_trl.evaluation_model import EvaluatedModel, find_model
-from justrl_trl.evaluation_results import write_results
-from justrl_trl.evaluation_servers import connect, server_places, start_servers
-from justrl_trl.evaluation_tasks import find_tasks
-from justrl_trl.gpu_driver import check_gpu_driver
-from justrl_trl.launch import one_paragraph_errors, quiet_libraries
-from justrl_trl.sample_store import SampleStore
-from justrl_trl.server import ServerError
-from justrl_trl.verifier import Verifier
+from justrl_trl.errors import ServerError
+from justrl_trl.evaluation.arguments import EvaluateArguments, evaluation_plan, folder_of, parse_evaluation, settings_of
+from justrl_trl.evaluation.grades import grade_all, verify_all
+from justrl_trl.evaluation.model import EvaluatedModel, find_model
+from justrl_trl.evaluation.results import write_results
+from justrl_trl.evaluation.sampling import (
+    Progress,
+    Request,
+    Response,
+    check_fits,
+    eval_sampling,
+    prompt_ids,
+    requests_of,
+    sample_all,
+)
+from justrl_trl.evaluation.servers import connect, devices, start_servers
+from justrl_trl.evaluation.store import SampleStore
+from justrl_trl.evaluation.tasks import find_tasks
+from justrl_trl.evaluation.verifier import Verifier
+from justrl_trl.preflight.gpu_driver import check_gpu_driver
+from justrl_trl.terminal import quiet_libraries, report_errors
 
 
 def main() -> None:
@@ -34,7 +43,7 @@ def main() -> None:
     check_gpu_driver()
 
     # what to do
-    args = parse()
+    args = parse_evaluation()
     tasks = find_tasks(args.benchmarks, data_dir=args.data_dir, samples=args.samples, limit=args.limit)
     model = find_model(args.model, args.model_revision)
     requests = [one for task in tasks for one in requests_of(task, prompt_ids(model.tokenizer, task.problems), args.seed)]
@@ -43,8 +52,9 @@ def main() -> None:
     settings = settings_of(args, model.slug, model.weights, model.stop_token_ids)
     store = SampleStore(folder_of(args, settings), settings)
     missing = store.missing(requests)
-    servers = [] if args.rollout_servers or not missing else server_places(args.managed_servers)
-    print("\n".join(plan_lines(args, tasks, requests, len(missing), servers, model.weights, store.folder)), flush=True)
+    needed = missing and not args.rollout_servers
+    places = devices(args) if needed else []
+    print("\n".join(evaluation_plan(args, tasks, requests, len(missing), places, model.weights, store.folder)), flush=True)
     if args.dry_run:
         return
     verifier = None
@@ -109,5 +119,5 @@ def sample(
 
 
 if __name__ == "__main__":
-    with one_paragraph_errors():
+    with report_errors():
         main()

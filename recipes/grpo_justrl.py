@@ -12,24 +12,25 @@ import time
 from pathlib import Path
 
 import yaml
-from transformers import AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config
 
-from justrl_trl.attention import choose_attention, describe_attention
-from justrl_trl.checkpoint_disk import checkpoint_disk
-from justrl_trl.collectives import leave_together, on_rank_zero
-from justrl_trl.gpu_driver import check_gpu_driver
-from justrl_trl.gpu_memory import model_size
-from justrl_trl.launch import check_machine, load_data, one_paragraph_errors, quiet_libraries, resolve_model
-from justrl_trl.nodes import check_shared_folder
-from justrl_trl.progress import RolloutStepPrinter, plan_lines, say, table_lines
-from justrl_trl.reward_functions import reward_functions
-from justrl_trl.run_arguments import parse
-from justrl_trl.run_folder import RecordRun, RunFolder, write_summary
-from justrl_trl.run_servers import connect, plan_sharing, start_servers
-from justrl_trl.trainer import JustRLTrainer
-from justrl_trl.validation import Validate
+from justrl_trl.background import Background, wait_for
+from justrl_trl.distributed import leave_together, on_rank_zero
+from justrl_trl.preflight.gpu_driver import check_gpu_driver
+from justrl_trl.preflight.nodes import check_shared_folder
+from justrl_trl.runs.arguments import parse_run
+from justrl_trl.runs.folder import RunFolder
+from justrl_trl.runs.heldout import HeldOut
+from justrl_trl.runs.materials import find_materials
+from justrl_trl.runs.progress import RolloutStepPrinter, run_plan
+from justrl_trl.runs.recorder import RecordRun
+from justrl_trl.runs.servers import connect, start_servers
+from justrl_trl.runs.setup import check_machine
+from justrl_trl.runs.summary import table_lines, write_summary
+from justrl_trl.terminal import quiet_libraries, report_errors, say
+from justrl_trl.training.rewards import reward_functions
+from justrl_trl.training.trainer import JustRLTrainer
 
 
 def main() -> None:
@@ -38,76 +39,54 @@ def main() -> None:
     check_gpu_driver()
 
     # what to do
-    run, training, model = parse(default_recipe=Path(__file__).with_name("tiny.yaml"))
+    run, training, model = parse_run(default_recipe=Path(__file__).with_name("tiny.yaml"))
     check_machine(training)
-    half_precision = training.bf16 or training.fp16
-    attention = choose_attention(model.attn_implementation, half_precision)
-    model_path = resolve_model(model, training)
-    tokenizer = AutoTokenizer.from_pretrained(model_path, revision=model.model_revision, padding_side="left")
-    data = load_data(run, training, tokenizer)
-    zero_stage = training.deepspeed_plugin.zero_stage if training.deepspeed_plugin else 0
-    size = model_size(model_path, model.model_revision)
-    trained = size.parameters // 50 if model.use_peft else size.parameters  # adapters are a few per cent at most
-    shards = training.world_size if zero_stage == 3 else 1
-    sharing = plan_sharing(training, size, shards=shards, trained=trained)
-    disk = checkpoint_disk(training, size.parameters, trained)
     folder = RunFolder(training.output_dir)
-    validation = Validate(training, tokenizer, folder) if training.validation_benchmarks else None
+    found = find_materials(run, training, model, folder)
     if run.dry_run:
         say([yaml.safe_dump(folder.resolved(run, training, model), sort_keys=True)])
-    say(
-        plan_lines(
-            training=training,
-            model=model.model_name_or_path,
-            attention=describe_attention(attention, half_precision),
-            dataset=run.dataset_name,
-            data_lines=data.report.lines(),
-            heldout_size=len(data.heldout) if data.heldout else 0,
-            validation=validation.tasks if validation else [],
-            zero_stage=zero_stage,
-            sharing=sharing,
-            disk=disk,
-        )
-    )
-    disk.check()
+    say(run_plan(run, training, model, found))
+    if found.disk:
+        found.disk.check()
     if run.dry_run:
         return
     check_shared_folder(folder.path, training.distributed_state)
 
-    # who does it: servers, then the trainer; both load at the same time
-    servers = []
+    # who does it: servers and trainer start at the same time
+    servers, connecting = [], None
     if training.distributed_state.is_main_process:
         moved = folder.prepare(resume=bool(training.resume_from_checkpoint))
         say([f"an earlier run was moved to {moved}"] if moved else [])
         folder.write_config(run, training, model)
         if not training.rollout_servers:
-            servers = start_servers(model_path, training, model.model_revision, folder.server_log, sharing)
-    if sharing and training.process_index == sharing.gpu:  # managed servers are on the machine of rank 0
-        sharing.hold_trainer()
+            servers = start_servers(found.model_path, training, model.model_revision, folder.server_log, found.sharing)
+        connecting = Background(lambda: connect(found.model_path, training, servers))
+    if found.sharing and training.process_index == found.sharing.gpu:  # managed servers are on the machine of rank 0
+        found.sharing.hold_trainer()
     training.model_init_kwargs = {
         "dtype": model.dtype,
         "revision": model.model_revision,
-        "attn_implementation": attention,
+        "attn_implementation": found.attention,
         "use_safetensors": True,
     }
-    pools: list = []  # servers may take longer to start than ranks may wait for each other
-    on_rank_zero(lambda: pools.append(connect(model_path, training, servers)), training.distributed_state)
-    pool = pools[0] if pools else None
     recorder = RecordRun(folder, model.model_name_or_path, on_row=RolloutStepPrinter(training.num_rollout_steps))
-    callbacks = [*([validation] if validation else []), recorder]  # the last picture has the last validation
+    # the recorder comes last, so that its final figure includes the last scores
+    callbacks = [HeldOut(folder), *([found.validation] if found.validation else []), recorder]
     trainer = JustRLTrainer(
-        model=model_path,
+        model=found.model_path,
         args=training,
-        train_dataset=data.train,
-        pool=pool,
-        heldout_dataset=data.heldout,
+        train_dataset=found.data.train,
+        pool=None,
+        heldout_dataset=found.data.heldout,
         reward_funcs=reward_functions(training),
-        processing_class=tokenizer,
+        processing_class=found.tokenizer,
         callbacks=callbacks,
         peft_config=get_peft_config(model),
     )
     for callback in callbacks:
         callback.trainer = trainer
+    on_rank_zero(lambda: wait_for(connecting), training.distributed_state)
+    trainer.pool = connecting.result if connecting else None
 
     # do it
     checkpoint = training.resume_from_checkpoint
@@ -118,13 +97,13 @@ def main() -> None:
         trainer.push_to_hub(dataset_name=run.dataset_name)
     if trainer.is_world_process_zero():
         seconds = time.monotonic() - started
-        summary = write_summary(folder, seconds=seconds, world_size=training.world_size, zero_stage=zero_stage)
+        summary = write_summary(folder, seconds=seconds, world_size=training.world_size, zero_stage=found.zero_stage)
         last = get_last_checkpoint(folder.path)
         say(table_lines(summary, folder, Path(last) if last else None))
-        pool.close()
+        trainer.pool.close()
     leave_together()
 
 
 if __name__ == "__main__":
-    with one_paragraph_errors():
+    with report_errors():
         main()

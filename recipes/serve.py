@@ -12,43 +12,45 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from justrl_trl.gpu_driver import check_gpu_driver
-from justrl_trl.launch import one_paragraph_errors, quiet_libraries, resolve_model
-from justrl_trl.progress import Waiting
-from justrl_trl.run_arguments import parse
-from justrl_trl.run_servers import server_spec
-from justrl_trl.server import ManagedServer, ServerError, check_compiler
-from justrl_trl.server_auth import KEY_VARIABLE
-from justrl_trl.vllm_plugin import GLOO_BACKEND, NCCL_BACKEND
+from justrl_trl.errors import ServerError
+from justrl_trl.knobs import knob
+from justrl_trl.preflight.gpu_driver import check_gpu_driver
+from justrl_trl.runs.arguments import parse_run
+from justrl_trl.runs.servers import server_spec
+from justrl_trl.runs.setup import resolve_model
+from justrl_trl.servers.auth import SERVER_KEY
+from justrl_trl.servers.devices import pick_devices
+from justrl_trl.servers.process import ManagedServer, check_compiler
+from justrl_trl.terminal import Waiting, quiet_libraries, report_errors
 
 
 @dataclass
 class ServeArguments:
     """What to start on this node."""
 
-    servers: int = field(default=0, metadata={"help": "How many; 0: one per GPU of --gpus, or one without a GPU."})
-    gpus: str = field(default="all", metadata={"help": "GPUs to use: all, 0-7 or 0,2,5."})
-    host: str = field(default="127.0.0.1", metadata={"help": "Address to bind and to print; not 127.0.0.1 for other nodes."})
-    first_port: int = field(default=8000, metadata={"help": "Port of the first server; the others follow."})
-    log_dir: str = field(default="runs/servers", metadata={"help": "Where the servers write."})
+    servers: int = knob(0, "How many; 0: one per GPU of --gpus, or one without a GPU.", min=0)
+    gpus: str = knob("all", "GPUs to use: all, 0-7 or 0,2,5.")
+    host: str = knob("127.0.0.1", "Address to bind and to print; not 127.0.0.1 for other nodes.")
+    first_port: int = knob(8000, "Port of the first server; the others follow.", min=1, max=65535)
+    log_dir: str = knob("runs/servers", "Where the servers write.")
 
 
 def main() -> None:
     quiet_libraries()
     check_gpu_driver()
-    _, training, model, serve = parse(Path(__file__).with_name("tiny.yaml"), ServeArguments)
-    if not os.environ.get(KEY_VARIABLE):
+    _, training, model, serve = parse_run(Path(__file__).with_name("tiny.yaml"), ServeArguments)
+    if not os.environ.get(SERVER_KEY):
         raise ServerError(
-            f"{KEY_VARIABLE} is not set, and whoever reaches a server could replace its weights. Set the same long random "
-            f"string here and for the trainer: export {KEY_VARIABLE}=$(openssl rand -hex 32)"
+            f"{SERVER_KEY} is not set, and whoever reaches a server could replace its weights. Set the same long random "
+            f"string here and for the trainer: export {SERVER_KEY}=$(openssl rand -hex 32)"
         )
     check_compiler()
-    devices = pick_devices(serve.gpus, serve.servers, torch.cuda.device_count())
+    devices = pick_devices(serve.servers, gpus=torch.cuda.device_count(), chosen=serve.gpus, option="servers")
     model_path = resolve_model(model, training)
 
     servers = []
@@ -83,26 +85,6 @@ def keep_running(servers: list[ManagedServer]) -> None:
                 server.restart()
 
 
-def pick_devices(gpus: str, servers: int, available: int) -> list[dict]:
-    """A GPU for each server, or a core where there is no GPU.
-
-    Raises:
-        ServerError: for GPUs that are not there, or fewer GPUs than servers.
-    """
-    if available == 0:
-        cores = sorted(os.sched_getaffinity(0), reverse=True)
-        return [{"gpu": None, "core": cores[i % len(cores)], "weight_backend": GLOO_BACKEND} for i in range(servers or 1)]
-    chosen = list(range(available)) if gpus == "all" else []
-    for part in gpus.split(",") if gpus != "all" else ():
-        first, _, last = part.partition("-")
-        if not first.isdigit() or not (last or first).isdigit():
-            raise ServerError(f"--gpus {gpus!r} is not a list of GPUs. Write all, 0-7 or 0,2,5.")
-        chosen += range(int(first), int(last or first) + 1)
-    if any(gpu >= available for gpu in chosen) or (servers or 1) > len(chosen):
-        raise ServerError(f"--gpus {gpus} --servers {servers}: this node has {available} GPUs, and each server needs its own.")
-    return [{"gpu": gpu, "core": 0, "weight_backend": NCCL_BACKEND} for gpu in chosen[: servers or len(chosen)]]
-
-
 if __name__ == "__main__":
-    with one_paragraph_errors():
+    with report_errors():
         main()

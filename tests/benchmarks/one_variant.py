@@ -25,10 +25,10 @@ from transformers import PrinterCallback, TrainerCallback
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from justrl_trl.collectives import leave  # noqa: E402
-from justrl_trl.micro_batches import MicroBatch, OptimizerStep  # noqa: E402
-from justrl_trl.packing import Sequence, pack  # noqa: E402
-from justrl_trl.stages import StageClock  # noqa: E402
+from justrl_trl.distributed import leave  # noqa: E402
+from justrl_trl.policy.micro_batches import MicroBatch, OptimizerStep  # noqa: E402
+from justrl_trl.policy.packing import Sequence, pack  # noqa: E402
+from justrl_trl.training.stages import StageClock  # noqa: E402
 from tests.benchmarks.model_flops import forward_flops, utilization  # noqa: E402
 from tests.side_by_side import Case, build  # noqa: E402
 

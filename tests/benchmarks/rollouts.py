@@ -31,13 +31,13 @@ from accelerate import Accelerator  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 from trl.generation.vllm_client import VLLMClient  # noqa: E402
 
-from justrl_trl import tiny  # noqa: E402
-from justrl_trl.collectives import broadcast_ragged, leave_together  # noqa: E402
-from justrl_trl.dispatch import generate  # noqa: E402
-from justrl_trl.pool import RolloutPool  # noqa: E402
-from justrl_trl.rollout import RolloutClient, Sampling  # noqa: E402
-from justrl_trl.server import ManagedServer, ServerSpec  # noqa: E402
-from justrl_trl.weight_sync import WeightSync  # noqa: E402
+from justrl_trl.data import tiny  # noqa: E402
+from justrl_trl.distributed import broadcast_ragged, leave_together  # noqa: E402
+from justrl_trl.rollouts.client import RolloutClient, Sampling  # noqa: E402
+from justrl_trl.rollouts.dispatch import generate  # noqa: E402
+from justrl_trl.rollouts.pool import RolloutPool  # noqa: E402
+from justrl_trl.servers.process import ManagedServer, ServerSpec  # noqa: E402
+from justrl_trl.weights.sync import WeightSync  # noqa: E402
 from tests.unit.fake_server import FakeServer  # noqa: E402
 
 PROMPTS, N, TOKENS = 256, 8, 5000  # a rollout step of the paper

@@ -24,8 +24,8 @@ from transformers import PrinterCallback
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from justrl_trl.balance import load_imbalance, plan_micro_batches  # noqa: E402
 from justrl_trl.config import JustRLConfig  # noqa: E402
+from justrl_trl.policy.balance import load_imbalance, plan_micro_batches  # noqa: E402
 from tests.side_by_side import Case, build  # noqa: E402
 
 # lengths 1/16 of the paper's, a model of 4 million parameters; TRL's rows as a user would set them: two at a time
@@ -157,8 +157,8 @@ def one_kernel(kernel: str) -> None:
     import psutil
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
 
-    from justrl_trl.fused_loss import liger_policy_loss
-    from justrl_trl.loss import policy_loss
+    from justrl_trl.policy.fused_loss import liger_policy_loss
+    from justrl_trl.policy.loss import policy_loss
 
     tokens, hidden, vocabulary = LOSS_SHAPE.values()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AttentionInterface, Qwen2Config, Qwen2ForCausalLM
 
-from justrl_trl.attention import PACKED_SDPA, PACKED_VARLEN, packed_arguments
-from justrl_trl.packing import Sequence, pack
+from justrl_trl.policy.attention import PACKED_SDPA, PACKED_VARLEN, packed_arguments
+from justrl_trl.policy.packing import Sequence, pack
 
 from .conftest import GPU, error
 

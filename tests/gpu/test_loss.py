@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from justrl_trl.fused_loss import liger_policy_loss
-from justrl_trl.loss import policy_loss
+from justrl_trl.policy.fused_loss import liger_policy_loss
+from justrl_trl.policy.loss import policy_loss
 
 from .conftest import GPU, error
 

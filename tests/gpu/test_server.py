@@ -8,12 +8,12 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
-from justrl_trl.packing import Sequence
-from justrl_trl.pool import RolloutPool
-from justrl_trl.rollout import RolloutClient, Sampling
-from justrl_trl.server import ManagedServer, ServerSpec
-from justrl_trl.tiny import tiny_base
-from justrl_trl.weight_sync import WeightSync
+from justrl_trl.data.tiny import tiny_base
+from justrl_trl.policy.packing import Sequence
+from justrl_trl.rollouts.client import RolloutClient, Sampling
+from justrl_trl.rollouts.pool import RolloutPool
+from justrl_trl.servers.process import ManagedServer, ServerSpec
+from justrl_trl.weights.sync import WeightSync
 
 from .conftest import GPU
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from justrl_trl.pool import RolloutPool
-from justrl_trl.rollout import RolloutClient
-from justrl_trl.server import ManagedServer, ServerSpec
-from justrl_trl.tiny import tiny_base
+from justrl_trl.data.tiny import tiny_base
+from justrl_trl.rollouts.client import RolloutClient
+from justrl_trl.rollouts.pool import RolloutPool
+from justrl_trl.servers.process import ManagedServer, ServerSpec
 
 ROOT = Path(__file__).parents[2]
 MARK = "JUSTRL_TEST_MARK"

@@ -7,7 +7,7 @@ import time
 import psutil
 import pytest
 
-from justrl_trl.run_folder import read_jsonl
+from justrl_trl.jsonl import read_jsonl
 
 from .conftest import MODEL_PROCESS, RANKS, start
 

@@ -15,10 +15,10 @@ import requests
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from justrl_trl.benchmarks import load, select
-from justrl_trl.grading import grade_answer
-from justrl_trl.server_auth import KEY_VARIABLE
-from justrl_trl.tiny import arithmetic_problems
+from justrl_trl.data.benchmarks import load, select
+from justrl_trl.data.tiny import arithmetic_problems
+from justrl_trl.grading.single import grade_answer
+from justrl_trl.servers.auth import SERVER_KEY
 
 from .conftest import ROOT, start
 
@@ -32,7 +32,7 @@ class Line:
 
     def __init__(self, folder: Path, *options, key: str = ""):
         self.folder, self.options = folder, [*map(str, options), "--output_dir", str(folder)]
-        self.environment = {**os.environ, "HF_HUB_OFFLINE": "1", **({KEY_VARIABLE: key} if key else {})}
+        self.environment = {**os.environ, "HF_HUB_OFFLINE": "1", **({SERVER_KEY: key} if key else {})}
         self.samples = folder / "samples.jsonl"
 
     def start(self, *more, log: Path) -> subprocess.Popen:

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from justrl_trl.run_folder import read_jsonl
+from justrl_trl.jsonl import read_jsonl
 
 from .conftest import ROOT
 

@@ -15,10 +15,10 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
-from justrl_trl.dispatch import Rollouts, generate
-from justrl_trl.pool import DOWN, LIVE, STALE, AllServersDown, RolloutPool, WeightsNeeded
-from justrl_trl.rollout import RolloutClient
-from justrl_trl.weight_sync import WeightSync
+from justrl_trl.rollouts.client import RolloutClient
+from justrl_trl.rollouts.dispatch import Rollouts, generate
+from justrl_trl.rollouts.pool import DOWN, LIVE, STALE, AllServersDown, RolloutPool, WeightsNeeded
+from justrl_trl.weights.sync import WeightSync
 from tests.unit.fake_server import FakeServer
 
 from .conftest import ON_PATH, pool_of, start
@@ -152,9 +152,9 @@ import sys, time
 from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
-from justrl_trl.rollout import RolloutClient
+from justrl_trl.rollouts.client import RolloutClient
 from tests.integration.test_pool import sync_of
-from justrl_trl.pool import RolloutPool
+from justrl_trl.rollouts.pool import RolloutPool
 
 base, marker, *urls = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM
 
-from justrl_trl.dispatch import generate
-from justrl_trl.gap import Gap
-from justrl_trl.packing import Sequence
-from justrl_trl.pool import RolloutPool
-from justrl_trl.rollout import RolloutClient, Sampling
-from justrl_trl.server import ServerError
-from justrl_trl.weight_sync import WeightSync
+from justrl_trl.errors import ServerError
+from justrl_trl.policy.packing import Sequence
+from justrl_trl.rollouts.client import RolloutClient, Sampling
+from justrl_trl.rollouts.dispatch import generate
+from justrl_trl.rollouts.pool import RolloutPool
+from justrl_trl.weights.gap import Gap
+from justrl_trl.weights.sync import WeightSync
 
 IDS = [7, 19, 42, 55, 60, 61, 33, 20, 90, 14, 17, 80, 81, 82, 83, 9, 28, 45, 66, 71] * 5
 PROBE = [Sequence(torch.tensor(IDS), prompt_length=1)]

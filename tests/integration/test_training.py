@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from justrl_trl.run_folder import read_jsonl
+from justrl_trl.jsonl import read_jsonl
 
 from .conftest import RANKS
 

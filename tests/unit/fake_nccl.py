@@ -5,7 +5,7 @@ import threading
 
 import torch
 
-from justrl_trl.nccl_group import NcclGroup
+from justrl_trl.servers.nccl_group import NcclGroup
 
 
 class FakeCommunicator:

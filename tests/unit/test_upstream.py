@@ -1,10 +1,9 @@
-"""The private parts of other packages that this one overrides or calls are still as they were, and imports point one way.
+"""The private parts of other packages that this one overrides or calls are still as they were.
 
 TRL's methods, transformers' attention functions and vLLM's weight-transfer API are not public: a new version of one of them
 must fail here, with the name of what changed, and not in the tenth hour of a run.
 """
 
-import ast
 import configparser
 import importlib.metadata
 import inspect
@@ -23,13 +22,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl import GRPOTrainer
 
 import justrl_trl
-from justrl_trl import trainer
-from justrl_trl.trainer import JustRLTrainer
-
-from .signatures import plain
+from justrl_trl.training import trainer
+from justrl_trl.training.trainer import JustRLTrainer
+from tests.unit.signatures import plain
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGE = ROOT / "justrl_trl"
 
 OVERRIDDEN = {
     "_generate_single_turn": "(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False)",
@@ -74,7 +71,7 @@ def test_an_override_takes_whatever_trl_passes(name):
 
 def test_every_override_of_a_private_method_is_named_in_the_trainers_docstring():
     replaced = {name for name, value in vars(JustRLTrainer).items() if callable(value) and hasattr(GRPOTrainer, name)}
-    replaced -= {"__init__"}
+    replaced -= {"__init__", "evaluate"}  # `evaluate` only refuses
     assert replaced == set(OVERRIDDEN)
     private = {name for name in replaced if name.startswith("_") or name == "training_step"}
     assert private <= set(re.findall(r"`(\w+)`", trainer.__doc__))
@@ -108,8 +105,8 @@ from vllm.distributed.device_communicators.pynccl_wrapper import NCCLLibrary
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import finalize_layerwise_processing
-from justrl_trl.vllm_engine import GlooWeightTransferEngine, NcclWeightTransferEngine
-from justrl_trl.vllm_plugin import GLOO_BACKEND, NCCL_BACKEND, register
+from justrl_trl.servers.vllm_engine import GlooWeightTransferEngine, NcclWeightTransferEngine
+from justrl_trl.servers.vllm_plugin import GLOO_BACKEND, NCCL_BACKEND, register
 
 register(), register()  # vLLM calls it more than once per process
 engine = base.WeightTransferEngine
@@ -210,52 +207,8 @@ def test_the_installed_versions_are_the_pinned_ones():
         assert importlib.metadata.version(found).split("+")[0] == version, name
 
 
-PURE = ("advantage", "loss", "packing", "balance", "metrics", "data", "data_sources", "rewards", "figures")
-
-
-def imported(modules: list[str], heavy: set[str]) -> set[str]:
-    program = f"import sys, {', '.join(modules)}; print(sorted({heavy!r} & set(sys.modules)))"
-    return set(ast.literal_eval(python(program)))
-
-
-def test_pure_modules_load_neither_vllm_nor_deepspeed_nor_trl():
-    assert imported([f"justrl_trl.{name}" for name in PURE], {"vllm", "deepspeed", "trl"}) == set()
-
-
-def test_the_package_and_the_server_guard_load_no_torch():
-    heavy = {"torch", "transformers", "trl", "vllm", "deepspeed"}
-    assert imported(["justrl_trl", "justrl_trl.server_guard", "justrl_trl.server_auth"], heavy) == set()
-
-
-def own_imports(path: Path) -> set[str]:
-    """Modules of this package that a file imports, anywhere in it."""
-    nodes = list(ast.walk(ast.parse(path.read_text())))
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    for node in nodes:
-        if isinstance(node, ast.ImportFrom):
-            module = "justrl_trl" + ("." + node.module if node.module else "") if node.level else node.module
-            names |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
-    modules = {path.stem for path in PACKAGE.glob("*.py")}
-    return {name.split(".")[1] for name in names if name.startswith("justrl_trl.")} & modules
-
-
-def test_imports_point_one_way():
-    for path in PACKAGE.glob("*.py"):
-        below = own_imports(path)
-        if path.stem in PURE:
-            assert below <= set(PURE), f"{path.name} is pure and imports {below - set(PURE)}"
-        assert "trainer" not in below, f"{path.name} imports the trainer"
-
-
 def test_public_names_exist():
     for name in justrl_trl.__all__:
         assert getattr(justrl_trl, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'JustRl'; public names: JustRLConfig"):
         _ = justrl_trl.JustRl
-
-
-@pytest.mark.parametrize("path", [*PACKAGE.glob("*.py"), *(ROOT / "recipes").glob("*")], ids=lambda path: path.name)
-def test_no_module_and_no_recipe_reads_what_lies_beside_the_checkout(path):
-    if path.is_file():
-        text = path.read_text(errors="replace")
-        assert not re.search(r"""shared/|["']shared["']""", text) and str(ROOT) not in text

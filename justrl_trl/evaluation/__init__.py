@@ -1,0 +1,1 @@
+"""The paper's evaluation: tasks, sampling, stored samples, grades, the verifier, results."""

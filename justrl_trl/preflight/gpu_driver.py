@@ -1,0 +1,57 @@
+"""Detect a GPU that the driver lists and torch cannot use; otherwise everything would silently run on the CPU.
+
+`python -m justrl_trl.preflight.gpu_driver` is what the installation asks.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from justrl_trl.errors import ConfigError
+
+
+def check_gpu_driver() -> None:
+    """On purpose without a GPU is an empty CUDA_VISIBLE_DEVICES.
+
+    Raises:
+        ConfigError: `nvidia-smi` lists a GPU, and torch cannot use it.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1") or torch.cuda.is_available():
+        return
+    listed = [line for line in _nvidia_smi("-L").splitlines() if line.startswith("GPU ")]
+    if not listed:
+        return
+    if torch.version.cuda is None:
+        reason = f"torch {torch.__version__} is built without CUDA. Install the GPU stack: make clean, then make train"
+    else:
+        driver = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0].strip() or "?"
+        reason = (
+            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, and the driver (version {driver}) is most "
+            "likely too old for that. Update the driver, or run in a container with its forward compatibility package "
+            "(cuda-compat)"
+        )
+    raise ConfigError(
+        f"nvidia-smi lists {len(listed)} GPUs ({listed[0].split(' (UUID')[0]}), but torch cannot use them: {reason}. "
+        "Everything would run on the CPU instead, many times slower. If that is what you want, say so: CUDA_VISIBLE_DEVICES=''"
+    )
+
+
+def _nvidia_smi(*options: str) -> str:
+    """What it prints; nothing where there is none, or where it cannot talk to a driver."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return ""
+    try:
+        return subprocess.run([program, *options], capture_output=True, text=True, timeout=60).stdout
+    except subprocess.TimeoutExpired:
+        return ""
+
+
+if __name__ == "__main__":
+    try:
+        check_gpu_driver()
+    except ConfigError as error:
+        sys.exit(f"\nerror: {error}")

@@ -1,0 +1,1 @@
+"""Numbers for people: scores with errors, tables, figures, the paper's own results."""

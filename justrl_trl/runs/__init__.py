@@ -1,0 +1,1 @@
+"""What surrounds a run: arguments, servers, run folder, terminal output, and the samples taken beside training."""
