@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from justrl_trl.gpu_driver import check_gpu_driver
+from justrl_trl.preflight.gpu_driver import check_gpu_driver
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = torch.cuda.is_available()

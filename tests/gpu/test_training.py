@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from justrl_trl.attention import PACKED_SDPA, PACKED_VARLEN
+from justrl_trl.policy.attention import PACKED_SDPA, PACKED_VARLEN
 
 from .conftest import GPU, ROOT, child_environment, error
 
