@@ -146,7 +146,7 @@ def main() -> int:
         parser.error(f"--only: {error}")
     facts = machine()
     if facts["card"] is None and "torch" in facts and not args.rehearse:
-        from justrl_trl.gpu_driver import check_gpu_driver
+        from justrl_trl.preflight.gpu_driver import check_gpu_driver
 
         try:
             check_gpu_driver()
