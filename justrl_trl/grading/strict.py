@@ -3,45 +3,25 @@
 `dapo_score` is the verifier JustRL trains with (verl's `math_dapo` reward, `strict_box_verify=True`). It departs from
 the usual "math-verify" reward on purpose: the last `\\boxed{...}` must lie in the last 100 characters and its content
 must equal the ground truth character by character, so `05`, ` 5 `, `x=5` or `\\dfrac` for `\\frac` earn -1.
-`strict_box=False` is the rule stock DAPO uses instead: the text after the last `Answer:`, compared after Minerva's
-normalisation. Nothing is evaluated, nothing raises on model text, and every pass over a string takes linear time.
+`strict_box=False` is the rule of stock DAPO (`minerva`), which no recipe uses. Nothing is evaluated, nothing raises on
+model text, and every pass over a string takes linear time.
 
 Sources: JustRL `train/verl/utils/reward_score/math_dapo.py` (Apache-2.0) and its DAPO reward manager, whose recorded
-answers are in `tests/unit/vectors/`; the normalisation table is Minerva's (Lewkowycz et al. 2022, arXiv 2206.14858) as
-verl spells it; the length penalty is DAPO's soft overlong punishment (arXiv 2503.14476). To train with the rule, pass
-`reward_funcs=[dapo_reward]`.
+answers are in `tests/unit/vectors/`; the length penalty is DAPO's soft overlong punishment (arXiv 2503.14476). To train
+with the rule, pass `reward_funcs=[dapo_reward]`.
 """
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from justrl_trl.grading.minerva import last_answer, normalize_answer
+
 CORRECT, WRONG = 1.0, -1.0
 STRICT_WINDOW = 100  # characters; the whole `\boxed{...}` must fit in it
-MINERVA_WINDOW = 300  # characters; the reference cuts every response to this before looking
-NO_ANSWER = "[INVALID]"  # what the Minerva rule reports, and compares, when there is no `Answer:`
 
 _BOX = "\\boxed{"
-# `\s*` may give back its last blank so that the group is never empty, and a match runs to the end of its line: of two
-# `Answer:` on one line the first wins. Both are the reference's behaviour.
-_ANSWER = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
-
-# Applied in this order, each to the whole string: later entries see what earlier ones left (`mbox` becomes `text`).
-_REWRITES = (
-    ("an ", ""), ("a ", ""), (".$", "$"), (r"\$", ""), ("\\ ", ""), (" ", ""), ("mbox", "text"),
-    (r",\text{and}", ","), (r"\text{and}", ","), (r"\text{m}", r"\text{}"),
-)  # fmt: skip
-# Units and filler. They are cut wherever they occur, inside words too ("always" loses "ways"), as in the reference.
-_REMOVED = (
-    *"square ways integers dollars mph inches hours km units \\ldots sue points feet minutes digits cents".split(),
-    *"degrees cm gm pounds meters meals edges students childrentickets multiples \\text{s} \\text{.}".split(),
-    "\\text{\ns}", r"\text{}^2", r"\text{}^3", "\\text{\n}", r"\text{}",
-    r"\mathrm{th}", r"^\circ", r"^{\circ}", r"\;", r",\!", "{,}", '"', r"\dots",
-)  # fmt: skip
-_SHORT_FRAC = re.compile(r"frac([^{])(.)")  # \frac12 -> \frac{1}{2}
-_SHORT_SQRT = re.compile(r"sqrt([^{])")  # \sqrt2 -> \sqrt{2}
 
 
 @dataclass(frozen=True)
@@ -71,46 +51,6 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
-def _unwrap_shortest(line: str, opening: str) -> str:
-    """Replace each `opening...}` in one line by what is between them, up to the first `}`. Linear time."""
-    pieces, start = [], 0
-    while (found := line.find(opening, start)) >= 0 and (end := line.find("}", found + len(opening))) >= 0:
-        pieces += [line[start:found], line[found + len(opening) : end]]
-        start = end + 1
-    return "".join(pieces) + line[start:]
-
-
-def _normalize_line(line: str) -> str:
-    """Minerva's LaTeX pass over one line: keep the first `$...$`, then drop text, bold, overline and box commands."""
-    if "$" not in line and "{" not in line:
-        return line
-    dollars = line.split("$", 2)
-    if len(dollars) == 3:
-        line = f"${dollars[1]}$"
-    for opening in (r"\text{", r"\textbf{", r"\overline{"):
-        line = _unwrap_shortest(line, opening)
-    # The box is greedy, unlike the others: from the first `\boxed{` to the last `}`.
-    start, end = line.find(_BOX), line.rfind("}")
-    if 0 <= start < end:
-        line = line[:start] + line[start + len(_BOX) : end] + line[end + 1 :]
-    return line
-
-
-def normalize_answer(answer: str) -> str:
-    """Minerva's normal form of a final answer: what follows the last `=`, without units, blanks or `$`."""
-    answer = answer.rpartition("=")[2]
-    for before, after in _REWRITES:
-        answer = answer.replace(before, after)
-    for word in _REMOVED:
-        answer = answer.replace(word, "")
-    answer = "\n".join(map(_normalize_line, answer.split("\n")))
-    answer = _SHORT_FRAC.sub(r"frac{\1}{\2}", answer)
-    answer = _SHORT_SQRT.sub(r"sqrt{\1}", answer)
-    answer = answer.replace("$", "")
-    without_commas = answer.replace(",", "")
-    return (without_commas if without_commas.isdigit() else answer).strip()
-
-
 def dapo_score(response: str, ground_truth: Any, strict_box: bool = True) -> DapoScore:
     """Score one decoded response against its ground truth.
 
@@ -125,8 +65,7 @@ def dapo_score(response: str, ground_truth: Any, strict_box: bool = True) -> Dap
         prediction = last_boxed(response[-STRICT_WINDOW:])
         correct = prediction == ground_truth
     else:
-        answers = _ANSWER.findall(response[-MINERVA_WINDOW:])
-        prediction = normalize_answer(answers[-1] if answers else NO_ANSWER)
+        prediction = last_answer(response)
         correct = isinstance(ground_truth, str) and prediction == normalize_answer(ground_truth)
     return DapoScore(CORRECT if correct else WRONG, prediction)
 

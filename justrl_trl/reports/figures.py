@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 _BLUE, _GREY, _RED = "#1f5fa8", "#9db4cf", "#c0392b"
@@ -77,10 +78,10 @@ def _draw_validation(axis, validation: Sequence[dict], paper: Mapping[int, float
 
 def running_mean(values, window: int) -> list[float]:
     """Mean of each value with up to `window` before and after it."""
-    return [
-        sum(values[max(0, i - window) : i + window + 1]) / len(values[max(0, i - window) : i + window + 1])
-        for i in range(len(values))
-    ]
+    if not values:
+        return []
+    kernel, inside = np.ones(2 * window + 1), slice(window, window + len(values))
+    return (np.convolve(values, kernel)[inside] / np.convolve(np.ones(len(values)), kernel)[inside]).tolist()
 
 
 def _mark_heldout(axis, heldout: list[dict]) -> None:

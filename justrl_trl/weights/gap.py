@@ -7,17 +7,19 @@ measurements.
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 
+from justrl_trl.background import Background, wait_for
 from justrl_trl.distributed import broadcast_ragged, on_rank_zero
 from justrl_trl.errors import ServerError
 from justrl_trl.policy.packing import Sequence
-from justrl_trl.rollouts.client import Sampling
+from justrl_trl.rollouts.client import RequestRefused, Sampling
 from justrl_trl.rollouts.dispatch import generate
-from justrl_trl.rollouts.pool import RolloutPool
+from justrl_trl.rollouts.pool import Member, RolloutPool
 
 PROBE_PROMPTS, PROBE_TOKENS = 4, 256
 
@@ -41,6 +43,39 @@ class Gap(NamedTuple):
 def widest(gaps: Iterable[Gap]) -> Gap:
     """The largest of each figure; what is not a number counts as largest."""
     return Gap(*(max(values, key=lambda value: (math.isnan(value), value)) for values in zip(*gaps, strict=True)))
+
+
+def measure(
+    asked: dict[Member, list[Sequence]], logps: dict[Member, torch.Tensor], lose: Callable[[Member, ServerError], None]
+) -> dict[str, Gap]:
+    """The gap of each server on its sequences; all servers are asked at once.
+
+    Args:
+        asked: prompts with responses, by server.
+        logps: `(N,)` on the CPU, the trainer's log-probabilities of their response tokens in order, by server.
+        lose: called for a server that fails, which is left out: that is no reason to end a run.
+
+    Returns:
+        By URL.
+
+    Raises:
+        RequestRefused: no server would score these tokens.
+    """
+
+    def ask(member: Member) -> Gap | None:
+        try:
+            served = [member.client.prompt_logprobs(s.ids.tolist())[s.prompt_length - 1 :] for s in asked[member]]
+        except RequestRefused:
+            raise
+        except ServerError as error:
+            lose(member, error)
+            return None
+        return Gap.between(logps[member], torch.tensor([value for part in served for value in part]))
+
+    calls = {member.url: Background(partial(ask, member)) for member in asked}
+    for call in calls.values():
+        wait_for(call)  # each of its requests has a deadline
+    return {url: call.result for url, call in calls.items() if call.result is not None}
 
 
 def make_probe(

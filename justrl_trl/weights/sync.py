@@ -5,20 +5,17 @@ stamped with a version. Then two checks, of every server: the version is read ba
 are compared between trainer and server. Stale or scrambled weights show there at once; "watch the reward" is not a test.
 """
 
-from functools import partial
-
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from justrl_trl.background import Background
 from justrl_trl.distributed import on_rank_zero, raise_together
 from justrl_trl.errors import ServerError
 from justrl_trl.policy.packing import Sequence
-from justrl_trl.rollouts.client import RequestRefused, RolloutClient, Unreachable
+from justrl_trl.rollouts.client import RolloutClient, Unreachable
 from justrl_trl.rollouts.pool import LIVE, STALE, AllServersDown, Member, RolloutPool
 from justrl_trl.servers.vllm_plugin import GLOO_BACKEND, NCCL_BACKEND
-from justrl_trl.weights.gap import Gap, differing, widest
+from justrl_trl.weights.gap import Gap, differing, measure, widest
 from justrl_trl.weights.sender import GROUPS, PushBroken, WeightSender
 from justrl_trl.weights.stream import PolicyWeights
 
@@ -111,7 +108,7 @@ class WeightSync:
 
     def _prove(self, probe: list[Sequence], logps: torch.Tensor, limit: float) -> Gap | None:
         live = self._pool.live()
-        gaps = self._gaps({member: probe for member in live}, {member: logps for member in live})
+        gaps = measure({member: probe for member in live}, {member: logps for member in live}, self._pool.lose)
         wrong = differing(gaps, self.version, limit)
         if wrong and len(wrong) == len(gaps):
             each = " ".join(f"{url}: {why}." for url, why in wrong.items())
@@ -148,27 +145,7 @@ class WeightSync:
             shares.setdefault(member, []).append(sequence)
             theirs.setdefault(member, []).append(part)
         self._turn += len(sequences)
-        return self._gaps(shares, {member: torch.cat(rows) for member, rows in theirs.items()})
-
-    def _gaps(self, asked: dict[Member, list[Sequence]], logps: dict[Member, torch.Tensor]) -> dict[str, Gap]:
-        """By server, all asked at once. A server that fails is lost and left out: that is no reason to end the run."""
-
-        def ask(member: Member) -> Gap | None:
-            try:
-                served = [member.client.prompt_logprobs(s.ids.tolist())[s.prompt_length - 1 :] for s in asked[member]]
-            except RequestRefused:
-                raise
-            except ServerError as error:
-                self._pool.lose(member, error)
-                return None
-            return Gap.between(logps[member], torch.tensor([value for part in served for value in part]))
-
-        calls = {member.url: Background(partial(ask, member)) for member in asked}
-        for call in calls.values():
-            call.join()  # each request of it has a deadline
-            if call.error is not None:
-                raise call.error
-        return {url: call.result for url, call in calls.items() if call.result is not None}
+        return measure(shares, {member: torch.cat(rows) for member, rows in theirs.items()}, self._pool.lose)
 
 
 def _agreed(pool: RolloutPool) -> tuple[torch.dtype, str]:

@@ -26,8 +26,9 @@ sys.path.insert(0, str(ROOT))
 from math_verify.metric import math_metric  # noqa: E402
 from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig  # noqa: E402
 
+from justrl_trl.grading.minerva import normalize_answer  # noqa: E402
 from justrl_trl.grading.pool import GradingPool  # noqa: E402
-from justrl_trl.grading.strict import dapo_score, normalize_answer  # noqa: E402
+from justrl_trl.grading.strict import dapo_score  # noqa: E402
 from tests.unit.hostile import ANSWERS, RESPONSES  # noqa: E402
 
 PASSES = 200  # over all texts in one measurement of the fast sides, which take microseconds

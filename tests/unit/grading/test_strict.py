@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from justrl_trl.grading.strict import DapoScore, dapo_reward, dapo_score, last_boxed, normalize_answer, overlong_penalty
+from justrl_trl.grading.minerva import normalize_answer
+from justrl_trl.grading.strict import DapoScore, dapo_reward, dapo_score, last_boxed, overlong_penalty
 
 COMMITTED = Path(__file__).parents[1] / "vectors"
 RECORDED = Path(__file__).resolve().parents[4] / "shared" / "vectors"
