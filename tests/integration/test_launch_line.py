@@ -3,6 +3,7 @@
 import json
 import runpy
 import socket
+import time
 
 import pytest
 
@@ -93,6 +94,20 @@ def test_a_port_in_use_is_refused(recipe):
 
 def test_a_prompt_limit_that_drops_every_row_is_refused(recipe):
     refused(recipe("--max_prompt_length", "5"), "max_prompt_length=5", "shortest")
+
+
+def test_a_dry_run_needs_neither_the_model_nor_a_network(launch, tmp_path):
+    recipe = ROOT / "recipes" / "justrl_deepseek_1.5b.yaml"
+    started = time.monotonic()
+    run = launch(
+        "--config", recipe, "--dry_run", "--model_name_or_path", "nobody/nothing", "--output_dir", tmp_path / "run", ranks=1
+    )
+    assert run.wait(300) == 0, run.output()[-3000:]
+    output = run.output()
+    assert "4,380 rollout steps x 4 optimizer steps" in output and "model_name_or_path: nobody/nothing" in output
+    assert "missing      tokenizer not looked up: model_name_or_path='nobody/nothing'" in output
+    assert time.monotonic() - started < 60, "an absent network is not waited for"
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_unknown_key_in_a_recipe_is_named(recipe, tmp_path):
