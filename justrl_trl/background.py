@@ -21,7 +21,7 @@ class Background(threading.Thread):
     def run(self) -> None:
         try:
             self.result = self._call()
-        except Exception as error:  # looked at by whoever joins
+        except Exception as error:  # read by the caller after `join`
             self.error, self.ended = error, time.monotonic()
 
 

@@ -98,7 +98,7 @@ class JustRLConfig(Rules, GRPOConfig):
     score_while_sampling: bool | None = knob(
         None,
         "Compute old log-probabilities of responses that are there while the servers work on the others. Same "
-        "numbers up to rounding, which then depends on who finished when; default: on with a GPU, off without, "
+        "numbers up to rounding, which then depends on the order of responses; default: on with a GPU, off without, "
         "where ranks and servers share the cores.",
     )
     vllm_importance_sampling_correction: bool = knob(

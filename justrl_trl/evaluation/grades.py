@@ -1,7 +1,7 @@
 """Grade stored responses, ask the verifier about those that the grader rejects.
 
 Every run grades all responses again, a chunk in memory at a time. Whatever changed about the grader is thus in the result, and
-the folder's `grades.jsonl` says what this run thought of each response. Verdicts of a verifier are kept, and asked for again
+the folder's `grades.jsonl` has this run's grade of each response. Verdicts of a verifier are kept, and asked for again
 only when the verifier, its protocol or the gold answer is another one.
 """
 

@@ -49,7 +49,7 @@ class Task:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
-    """One sample to be asked for; `problem` is the place in the task, from 0."""
+    """A request for one sample; `problem` is its index in the task, from 0."""
 
     benchmark: str
     problem: int
@@ -143,7 +143,7 @@ class SampleRequests(Rollouts):
     """Rollouts of one response each, every one with a seed of its own, given away as they come.
 
     Args:
-        pool: who answers.
+        pool: servers that sample.
         requests: what is asked.
         sampling: for all of them; its `n` and `seed` are not used.
     """

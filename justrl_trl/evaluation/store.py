@@ -4,7 +4,7 @@
 settings.json    what must be equal for two responses to be samples of the same thing; another evaluation is refused
 samples.jsonl    one line per response, appended and synced when it arrives, never rewritten
 verdicts.jsonl   the same for the answers of a verifier model
-grades.jsonl     what the grader says to each response; written anew by every run
+grades.jsonl     grade of each response; rewritten by every run
 ```
 
 Responses cost GPU hours, grades cost seconds and graders change: so a grade is never kept with a response, and grading again
@@ -167,7 +167,7 @@ class SampleStore:
         return [one for one in requests if one.key not in self.stored]
 
     def add(self, key: Key, prompt_hash: str, tokens: int, **rest: Any) -> None:
-        """A finished sample, on disk when this returns; one that is there already is left as it is."""
+        """Append a finished sample and hand it to the operating system; a sample that is stored already is kept."""
         if key not in self.stored:
             self.samples.append({**_named(key), "prompt_hash": prompt_hash, "tokens": tokens, **rest})
             self.stored[key] = Stored(prompt_hash, tokens)
@@ -183,10 +183,10 @@ class SampleStore:
     def _check_settings(self) -> None:
         path = self.folder / "settings.json"
         if not self.samples.path.exists() or not self.samples.path.stat().st_size:
-            return  # an evaluation that ended before its first sample binds nobody
+            return  # an evaluation without samples may change its settings
         if not path.exists():
             raise StoreError(
-                f"{self.folder} has samples but no settings.json, so nobody knows what they are samples of. Give another "
+                f"{self.folder} has samples but no settings.json, so it is unknown how they were sampled. Give another "
                 "--output_dir, or put the file back."
             )
         try:

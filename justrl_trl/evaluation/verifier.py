@@ -45,7 +45,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the verifier said, and how many characters of the response it was not shown."""
+    """Output of the verifier, and how many characters of the response were cut from its prompt."""
 
     output: str
     clipped: int
@@ -145,10 +145,10 @@ class Verifier:
                 asked.put(item)
                 flying += 1
                 if flying >= self._concurrency:
-                    self._hear(answered, on_verdict)
+                    self._collect(answered, on_verdict)
                     flying -= 1
             for _ in range(flying):
-                self._hear(answered, on_verdict)
+                self._collect(answered, on_verdict)
         finally:
             for _ in threads:
                 asked.put(None)
@@ -157,7 +157,7 @@ class Verifier:
         """One verdict.
 
         Raises:
-            VerifierError: the server does not answer, answers nonsense, or refuses.
+            VerifierError: the server does not answer, answers in another format, or refuses.
         """
         characters = None
         for _ in range(_HALVINGS):
@@ -180,7 +180,7 @@ class Verifier:
             except Exception as error:  # raised again in the calling thread
                 answered.put((item[0], error))
 
-    def _hear(self, answered: queue.SimpleQueue, on_verdict: Callable[[Hashable, Judgement], None]) -> None:
+    def _collect(self, answered: queue.SimpleQueue, on_verdict: Callable[[Hashable, Judgement], None]) -> None:
         name, verdict = answered.get()
         if isinstance(verdict, Exception):
             raise verdict

@@ -37,7 +37,7 @@ _LOGGED_CHARS = 80
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a grader says about one item."""
+    """Verdict of a grader on one item."""
 
     correct: bool
     outcome: str = "graded"  # or "timeout", "too_long", "crashed": then the item was not graded and counts as wrong

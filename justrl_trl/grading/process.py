@@ -31,7 +31,7 @@ class WorkerProcess:
         os.set_blocking(self.process.stdin.fileno(), False)
         self.message: bytes | None = None  # the item it is busy with
         self.expires = 0.0  # when that item, or the start, has taken too long; `time.monotonic()`
-        self.started = False  # whether it has said that the clock of the item runs
+        self.started = False  # whether the deadline of the current item has begun
         self._to_send, self._received = b"", b""
 
     def assign(self, message: bytes) -> None:

@@ -26,7 +26,7 @@ _BOX = "\\boxed{"
 
 @dataclass(frozen=True)
 class DapoScore:
-    """What the verifier says about one response."""
+    """Score of one response."""
 
     score: float  # +1.0 or -1.0
     prediction: str | None  # the extracted answer; None when the strict rule found no closed box

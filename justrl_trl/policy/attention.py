@@ -100,7 +100,7 @@ def choose_attention(asked: str | None, half_precision: bool) -> str:
         half_precision: the model computes in bfloat16 or float16.
 
     Raises:
-        ConfigError: this machine or this precision cannot run what is asked for, or nobody knows it. Nothing else is taken
+        ConfigError: this machine or this precision cannot run what is asked for, or it is unknown. Nothing else is taken
             instead: transformers would look for a kernel on the Hub.
     """
     if _is_flash(asked):

@@ -51,7 +51,7 @@ class CheckpointDisk:
         ]
 
     def check(self) -> None:
-        """A disk that fills up in a week may grow or be cleared until then, so that is a warning; one that is full is not.
+        """Refuse a disk without room for one checkpoint. (A disk that fills up later is a warning only: it may be cleared.)
 
         Raises:
             ConfigError: not even the first checkpoint fits.

@@ -132,7 +132,7 @@ class Sharing:
 def share_gpu(
     gpu: int, card: int, trainer: dict[str, int], server: dict[str, int], *, asked: float | None, most: float
 ) -> Sharing:
-    """What of a GPU its server gets: what it needs and most of what is left over, or what was asked for.
+    """Split a GPU: the server gets what it needs and most of what is left over, or `asked`.
 
     Args:
         card: memory of the GPU, bytes.

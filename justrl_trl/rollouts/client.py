@@ -1,7 +1,7 @@
 """HTTP client of one vLLM server: sample, score fixed tokens, drive a weight update.
 
 One request per prompt, so that a response comes back when it is done and not when the slowest of 2,048 is, and a deadline on
-every call, so that no server can hang the trainer; `pool` decides who is asked. Token ids both ways: what the server sampled
+every call, so that no server can hang the trainer; `pool` chooses the server. Token ids both ways: what the server sampled
 is what is trained on, with no second tokenisation in between.
 """
 
@@ -62,7 +62,7 @@ class RolloutClient:
         request_seconds: deadline for the answer to one request: a whole response of `max_completion_length` tokens.
 
     Raises:
-        ServerError: from every method, when the server is gone, answers an error, or answers nonsense.
+        ServerError: from every method, when the server is gone, answers an error, or answers in another format.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class RolloutClient:
         self._call("POST", "/init_weight_transfer_engine", {"init_info": init_info})
 
     def start_weight_update(self) -> None:
-        """Open an update; one that a dead trainer left open is closed first."""
+        """Open an update; close first what a dead trainer left open."""
         try:
             self._call("POST", "/start_weight_update", {})
         except ServerError as error:

@@ -21,7 +21,7 @@ def connect(
     Args:
         servers: managed servers, already started; they are stopped if this fails.
         urls: running servers, where `servers` is empty; key in `JUSTRL_SERVER_KEY`.
-        check: run for every server now, and again before one that was lost comes back.
+        check: run for every server now, and again before a lost server comes back.
         seconds: how long to wait (`vllm_server_timeout`); running servers that do not answer by then join later.
         request_seconds: deadline of one request (`request_timeout`).
         pool: further arguments of `RolloutPool`.

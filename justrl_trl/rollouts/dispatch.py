@@ -30,7 +30,7 @@ class Rollouts:
     """The prompts of one generation and what has come back; survives a push in between.
 
     Args:
-        pool: who answers.
+        pool: servers that sample.
         prompts, sampling: what is asked.
         seeds: of each prompt's request; default: `seeds.request_seeds` from `sampling.seed` on.
     """
@@ -43,7 +43,7 @@ class Rollouts:
         self._attempts = [0] * len(prompts)
         longest_first = sorted(range(len(prompts)), key=lambda i: -pool.expected_length(prompts[i]))
         self._waiting = deque(longest_first)
-        self._asked: dict[int, tuple[Member, int]] = {}  # prompt -> who works on it, and which attempt that is
+        self._asked: dict[int, tuple[Member, int]] = {}  # prompt -> member that works on it, attempt
         self._reports: queue.SimpleQueue = queue.SimpleQueue()
         self.finished: queue.SimpleQueue[int] = queue.SimpleQueue()  # prompts, as their responses come in
 
@@ -88,10 +88,10 @@ class Rollouts:
                 except queue.Empty:
                     report = None
                 if report is not None:
-                    self._hear(*report, on_done)
+                    self._handle(*report, on_done)
                 self._take_back()
         finally:
-            for index in list(self._asked):  # nobody listens any more
+            for index in list(self._asked):  # their reports are ignored from now on
                 self._release(index)
 
     def _dispatch(self) -> None:
@@ -116,7 +116,7 @@ class Rollouts:
             answer = error
         self._reports.put((index, attempt, member, answer))
 
-    def _hear(self, index: int, attempt: int, member: Member, answer, on_done) -> None:
+    def _handle(self, index: int, attempt: int, member: Member, answer, on_done) -> None:
         mine = self._asked.get(index) == (member, attempt)
         if mine:
             self._release(index)
@@ -150,6 +150,6 @@ class Rollouts:
                 self._again(index, ServerError(member.why))
 
     def _release(self, index: int) -> None:
-        """What is no longer waited for is no longer in flight, or a server that hung would count as busy for ever."""
+        """Count a prompt as no longer in flight; otherwise a server that hung would look busy for the rest of the run."""
         member, _ = self._asked.pop(index)
         member.give_back()

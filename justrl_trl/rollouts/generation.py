@@ -84,7 +84,7 @@ class Generation:
             pass
 
     def _next(self) -> tuple[list[int], int]:
-        """Rank 0: wait for a wave, for the end, or for as long as the others shall wait."""
+        """Rank 0: wait for a wave, for the end, or until `PATIENCE_SECONDS` are over."""
         if self._runner is None:
             self._error = None
             self._runner = threading.Thread(target=self._run, daemon=True)

@@ -1,6 +1,6 @@
 """A pool of rollout servers: which are healthy, current, lost, or back.
 
-The pool knows who is there: a server that dies, hangs, answers errors or nonsense, or holds old weights gets no prompt until
+The pool tracks the state of each server: one that dies, hangs, answers errors or holds old weights gets no prompt until
 it is healthy and current again, and a managed one is started again. `dispatch` asks those that are live; `weights.sender`
 brings the others up to date. Probing threads, one per server, only say which server is up.
 """
@@ -118,7 +118,7 @@ class RolloutPool:
     def learn_length(self, prompt: list[int], tokens: int) -> None:
         self._lengths[hash(tuple(prompt))] = tokens
 
-    # -- who is there -------------------------------------------------------------------------------------------------
+    # -- states -------------------------------------------------------------------------------------------------------
 
     def live(self) -> list[Member]:
         return [member for member in self.members if member.state == LIVE]
@@ -128,7 +128,7 @@ class RolloutPool:
         return [member for member in self.members if member.state != DOWN]
 
     def require(self, check: Callable[[RolloutClient], None]) -> None:
-        """Only servers that pass come back after they were out: whoever started one again may have started another one.
+        """Add a check that a lost server must pass before it comes back: it may have been restarted with another model.
 
         Args:
             check: raises `ServerError` for a server that this run cannot use.

@@ -2,7 +2,7 @@
 
 vLLM's own `--api-key` guards `/v1/*` only: with the development routes on (weight transfer needs them), anyone who reaches
 the port could replace the weights or stop the engine. This ASGI middleware (vLLM's `--middleware`) answers 401 to every
-request without the key, except `GET /health`, which says nothing but "alive".
+request without the key, except `GET /health`, which tells only that the server is alive.
 """
 
 import hmac

@@ -54,7 +54,7 @@ class BroadcastGroup(ABC):
 
     @abstractmethod
     def _connect(self, store: Store) -> None:
-        """Join the others, who are found through `store`."""
+        """Join the other members, found through `store`."""
 
     @abstractmethod
     def broadcast(self, tensor: torch.Tensor, stop: Callable[[], bool] = lambda: False) -> None:

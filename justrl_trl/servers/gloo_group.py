@@ -10,7 +10,7 @@ from justrl_trl.servers.broadcast_group import BroadcastGroup
 
 
 class GlooGroup(BroadcastGroup):
-    """See `BroadcastGroup`. A member that dies closes its sockets, so the others hear of it at once."""
+    """See `BroadcastGroup`. A member that dies closes its sockets, so the others get an error at once."""
 
     _group: ProcessGroupGloo | None = None
 

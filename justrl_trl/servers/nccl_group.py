@@ -76,7 +76,7 @@ class NcclGroup(BroadcastGroup):
         self._store = store
         if self.rank == 0:
             store.set("id", self.communicator.new_unique_id())
-        # once all are here, nobody enters NCCL's join alone, where no deadline holds
+        # wait for all members here, because NCCL's own join has no deadline
         store.set(f"member {self.rank}", "")
         store.wait([f"member {rank}" for rank in range(self.world_size)], self.timeout)
         unique_id = store.get("id")
@@ -104,7 +104,7 @@ class NcclGroup(BroadcastGroup):
             self._abort()
             call.ends_within(timedelta(seconds=_ABORT_SECONDS))  # `data` must outlive the kernel that reads it
             if self.rank == 0:
-                time.sleep(2 * _POLL_SECONDS)  # workers hear of it while there is still a store to hear it from
+                time.sleep(2 * _POLL_SECONDS)  # time for workers to read it before the store is gone
             raise TimeoutError(f"an NCCL broadcast was aborted: {why}")
         call.result()
         if self._communicator is not communicator:  # an aborted kernel ends like any other
@@ -125,7 +125,7 @@ class NcclGroup(BroadcastGroup):
             communicator.abort()
 
     def _ended_by_rank_zero(self) -> bool:
-        """Whether rank 0 has left the group: it says so, or its store is gone with it."""
+        """Whether rank 0 has left the group: it set the key, or its store is gone."""
         store = self._store
         if self.rank == 0 or store is None:
             return False
@@ -178,7 +178,7 @@ class _Call(threading.Thread):
         return self._result
 
     def when_late(self, then: Callable[[object], None]) -> None:
-        """What to do with a result that nobody waits for any more."""
+        """Call `then` with the result if it still comes."""
         with self._lock:
             self._late = then
             late = self._ended and self._error is None

@@ -204,7 +204,7 @@ class ManagedServer:
 
 
 def _claim_port(host: str, port: int) -> int:
-    """A port that is free now; an explicit one that is taken is an error."""
+    """A free port, or `port` if it is free; raises `ServerError` otherwise."""
     with socket.socket(address_family(host)) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -121,7 +121,7 @@ def _checkpoint_shapes(hf_config) -> dict[str, tuple[int, ...]]:
 
 def _repack_tied_head(model: torch.nn.Module) -> None:
     """On CPU a tied `lm_head` multiplies by a packed copy of the embedding made at load time, which the layerwise reload
-    does not make again; without this, a tied model keeps its old head for ever."""
+    does not make again; without this, a tied model keeps its old head."""
     config = getattr(model, "config", None)
     if getattr(config, "tie_word_embeddings", False) and hasattr(model, "lm_head"):
         from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm

@@ -27,7 +27,7 @@ class WeightSender:
     """Rank 0's end of the broadcast group: all reachable servers of the pool, one group, renewed whenever its members change.
 
     A push is staged on all servers and used by all or by none: they load what they received only after every one of them has
-    said that it has everything. When one fails, the others drop what they staged, and the group is made anew without it.
+    confirmed that it has everything. When one fails, the others drop what they staged, and a new group is formed without it.
     Servers are paused meanwhile: what they still decode for a request that was given up is aborted, and nothing is decoded
     with half of the new weights.
 
@@ -66,7 +66,7 @@ class WeightSender:
         return self._members
 
     def _send(self, reachable: list[Member], weights: PolicyWeights, version: str) -> None:
-        # one that was lost and came back is another process, which knows nothing of the group
+        # a member that was lost and came back is a new process, which is in no group
         if self._group is None or self._formed_by != [(member, member.failures) for member in reachable]:
             self._connect(reachable, weights)
         self._each(lambda member: member.client.pause())
@@ -78,7 +78,7 @@ class WeightSender:
             self._broadcast(weights, receiving)
         except (RuntimeError, TimeoutError) as error:  # a peer has gone or a deadline has passed
             broadcast_error = error
-            self.close()  # those that still wait for weights hear of it now
+            self.close()  # ends the wait of members that still expect weights
         self._finish(receiving, "receiving weights")  # every answer is waited for, also after a broken broadcast
         if broadcast_error is not None:
             raise PushBroken(f"the broadcast of weights failed: {broadcast_error}")
@@ -126,7 +126,7 @@ class WeightSender:
         for expected, (name, tensor) in zip(self._manifest, weights, strict=True):
             if WireTensor(name, tensor.dtype, tuple(tensor.shape)) != expected:  # gloo aborts a process on a wrong size
                 raise ServerError(f"parameter {name} {tensor.dtype} {tuple(tensor.shape)} was announced as {expected}")
-            self._group.broadcast(tensor, stop=refused)  # not to a worker that is not listening: `_finish` says why it is not
+            self._group.broadcast(tensor, stop=refused)  # stops once a member has refused; `_finish` raises its error
 
     def _each(self, call: Callable[[Member], object]) -> list[tuple[str, object]]:
         """`call(member)` for all members at once; `(url, result)` of each."""
@@ -168,7 +168,7 @@ class WeightSender:
             if member.state != DOWN:
                 member.client.abort_weight_update()
         for member in self._members:
-            with suppress(ServerError):  # one that is gone, or was never paused: its next push pauses it again
+            with suppress(ServerError):  # a member that is gone stays lost
                 member.client.resume()
 
     def close(self) -> None:

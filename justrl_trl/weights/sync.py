@@ -90,7 +90,7 @@ class WeightSync:
         return bool(broadcast_object_list([arrived])[0])
 
     def prove(self, probe: list[Sequence], logps: torch.Tensor, limit: float) -> Gap | None:
-        """Compare the trainer with every live server on the same sequences; one that differs gets no prompt any more.
+        """Compare the trainer with every live server on the same sequences; drop servers that differ.
 
         Args:
             probe: prompts with responses; only rank 0's are looked at.
