@@ -55,7 +55,7 @@ def test_a_killed_managed_server_is_started_again_and_the_run_goes_on(launch, tm
     while it samples."""
     overlap = ("--score_while_sampling", "True", "--max_tokens_per_micro_batch", "1024")
     run = training(launch, tmp_path, "--num_rollout_steps", "12", "--warmup_rollout_steps", "0", *overlap)
-    next(p for p in run.alive() if "server_guard" in " ".join(p.cmdline())).kill()
+    next(p for p in run.alive() if "servers.guard" in " ".join(p.cmdline())).kill()
     assert run.wait(400) == 0, run.output()[-4000:]
     assert "is started again" in run.output() and "rollout step 12/12" in run.output()
     rows = read_jsonl(tmp_path / "run" / "metrics.jsonl")
