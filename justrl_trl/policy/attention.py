@@ -38,11 +38,21 @@ def packed_sdpa(module, query, key, value, attention_mask, packed_lengths: list[
     """
     if packed_lengths is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    attend = _whole_head_sdpa if query.is_cuda and query.dtype == torch.float32 else sdpa_attention_forward
     pieces = [
-        sdpa_attention_forward(module, q, k, v, None, **kwargs)[0]
+        attend(module, q, k, v, None, **kwargs)[0]
         for q, k, v in zip(*(t.split(packed_lengths, dim=2) for t in (query, key, value)), strict=True)
     ]
     return torch.cat(pieces, dim=1), None
+
+
+def _whole_head_sdpa(module, query, key, value, attention_mask, dropout: float = 0.0, scaling: float | None = None, **kwargs):
+    """Causal SDPA with key and value heads repeated. In float32 on a GPU, SDPA has no fused kernel for grouped queries, and the
+    one that it has holds heads x T x T scores."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, None, dropout, is_causal=True, scale=scaling)
+    return out.transpose(1, 2).contiguous(), None
 
 
 def packed_varlen(

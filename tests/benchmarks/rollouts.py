@@ -168,7 +168,11 @@ def transfer_ranks(scale: float) -> None:
 
 def transfer(scale: float) -> dict:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "OMP_NUM_THREADS": "1",
+    }
     options = ["--only", "ranks", "--scale", str(scale)]
     done = subprocess.run([*launcher, *options], env=env, capture_output=True, text=True)
     if done.returncode:

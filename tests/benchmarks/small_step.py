@@ -125,7 +125,12 @@ def collectives() -> dict:
         program = [str(ROOT / "tests" / "side_by_side.py"), str(out), json.dumps(cases)]
         # two processes on the CPU under DDP, whatever this one was launched with
         env = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "TORCHELASTIC_", "MASTER_"))}
-        env = {**env, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        env = {
+            **env,
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+        }
         done = subprocess.run([*launcher, *program], env=env, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr[-4000:])

@@ -289,6 +289,21 @@ def test_varlen_and_sdpa_are_twins_in_logits_and_gradients(varlen_on_cpu, name, 
         assert other.grad.abs().max() > 0, parameter
 
 
+def test_repeated_heads_give_what_grouped_queries_give():
+    """The way of float32 on a GPU, where SDPA has no fused kernel for grouped queries."""
+    generator = torch.Generator().manual_seed(0)
+    module = SimpleNamespace(num_key_value_groups=4, is_causal=True)
+    results = []
+    tensors = [torch.randn(1, heads, 37, 16, generator=generator) for heads in (8, 2, 2)]
+    for attend in (attention._whole_head_sdpa, attention.sdpa_attention_forward):
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        out, _ = attend(module, *leaves, None, scaling=0.3, dropout=0.0)
+        out.square().sum().backward()
+        results.append([out, *(leaf.grad for leaf in leaves)])
+    for one, other in zip(*results, strict=True):
+        assert one.shape == other.shape and torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
 def test_under_autocast_varlen_gets_half_precision_whatever_rotary_embeddings_leave(monkeypatch):
     seen = []
 
