@@ -4,7 +4,8 @@
 SHELL := /bin/bash
 
 PYTHON ?= $(shell for p in python3.12 python3.11 python3; do $$p -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] <= (3,12))' 2>/dev/null && echo $$p && break; done)
-STACK := $(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),gpu,cpu)
+# an empty CUDA_VISIBLE_DEVICES, -1 and Slurm's NoDevFiles: a CPU on purpose
+STACK := $(shell case "$${CUDA_VISIBLE_DEVICES-all}" in (""|-1|NoDevFiles) echo cpu;; (*) nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo cpu;; esac)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(STACK)

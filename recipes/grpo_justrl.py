@@ -1,8 +1,8 @@
 """Train with the JustRL recipe: one file per run, one launch line.
 
     accelerate launch recipes/grpo_justrl.py                                        # tiny.yaml, a laptop is enough
-    accelerate launch --config_file accelerate_configs/zero3_8gpu.yaml \\
-        recipes/grpo_justrl.py --config recipes/justrl_deepseek_1.5b.yaml           # the paper's model on one node
+    accelerate launch --config_file accelerate_configs/zero3_8gpu.yaml --num_processes 4 \\
+        recipes/grpo_justrl.py --config recipes/justrl_deepseek_1.5b.yaml --managed_servers 4   # the paper's model on one node
     ... --dry_run                                                                   # print configuration and plan, exit
 
 Every key of a recipe is an option too (`--learning_rate 5e-7`), and options win. `--help` lists them all.

@@ -12,14 +12,18 @@ import torch
 
 from justrl_trl.errors import ConfigError
 
+_NO_GPU = ("", "-1", "NoDevFiles")
+
 
 def check_gpu_driver() -> None:
-    """On purpose without a GPU is an empty CUDA_VISIBLE_DEVICES.
+    """On purpose without a GPU is a CUDA_VISIBLE_DEVICES that is empty, -1, or Slurm's NoDevFiles. DS_ACCELERATOR=cpu is not:
+    it is for DeepSpeed alone, and neither torch nor vLLM looks at it.
 
     Raises:
         ConfigError: `nvidia-smi` lists a GPU, and torch cannot use it.
     """
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1") or torch.cuda.is_available():
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if (visible is not None and visible.strip() in _NO_GPU) or torch.cuda.is_available():
         return
     listed = [line for line in _nvidia_smi("-L").splitlines() if line.startswith("GPU ")]
     if not listed:
@@ -33,9 +37,12 @@ def check_gpu_driver() -> None:
             "likely too old for that. Update the driver, or run in a container with its forward compatibility package "
             "(cuda-compat)"
         )
+        if visible is not None:
+            reason += f". Or CUDA_VISIBLE_DEVICES={visible} names no GPU of this machine"
     raise ConfigError(
         f"nvidia-smi lists {len(listed)} GPUs ({listed[0].split(' (UUID')[0]}), but torch cannot use them: {reason}. "
-        "Everything would run on the CPU instead, many times slower. If that is what you want, say so: CUDA_VISIBLE_DEVICES=''"
+        "Everything would run on the CPU instead, many times slower. If that is what you want, say so: CUDA_VISIBLE_DEVICES='' "
+        "(with make, after make clean: it then installs the CPU stack)."
     )
 
 

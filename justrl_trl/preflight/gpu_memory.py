@@ -1,7 +1,9 @@
 """Estimate GPU memory, and split a GPU that a training rank and a rollout server share.
 
 vLLM takes its share at its start and keeps it, and starts only where so much is free. So the share is what the trainer leaves
-at its peak, less a reserve, and the trainer is held to the rest: a server that dies next to it can come back.
+at its peak, less a reserve, and the trainer is held to the rest: a server that dies next to it can come back. Its KV cache is
+given in bytes: vLLM would measure what is left for it by the free memory before and after a trial pass, and count what the
+trainer takes meanwhile as its own.
 """
 
 import math
@@ -15,7 +17,9 @@ from justrl_trl.errors import ConfigError
 GIB = 1 << 30
 _LIVE_PARAMETERS = 1e9  # DeepSpeed's stage3_max_live_parameters: gathered at a time
 _RUNTIME_BYTES = 3 * GIB  # an allowance for the CUDA context, NCCL's and cuBLAS' buffers, and fragments
+_OUTSIDE_BYTES = 2 * GIB  # of these, what torch's allocator does not count, and so cannot hold the trainer to
 _SERVER_RUNTIME_BYTES = 4 * GIB  # an allowance for vLLM's CUDA graphs, activations of a prefill and sampling buffers
+_BLOCK = 128  # tokens: vLLM allots whole blocks of the KV cache, smaller than this, and keeps one for itself
 _MARGIN = 0.03  # of the card, for what neither of the two counts
 _SPARE_FOR_SERVER = 0.6  # of what is left over, for its KV cache; the rest is the trainer's, whose needs are an estimate
 
@@ -90,9 +94,10 @@ def trainer_bytes(
 
 def server_bytes(size: ModelSize, *, width: int, context: int) -> dict[str, int]:
     """The least that a server takes: weights, the KV cache of one sequence of `context` tokens, vLLM's own needs."""
+    tokens = (context // _BLOCK + 1) * _BLOCK
     return {
         "weights": width * size.parameters,
-        "KV cache of one sequence": 2 * width * size.layers * size.kv_heads * size.head_dim * context,
+        "KV cache of one sequence": 2 * width * size.layers * size.kv_heads * size.head_dim * tokens,
         "runtime": _SERVER_RUNTIME_BYTES,
     }
 
@@ -105,49 +110,55 @@ class Sharing:
         gpu: its index on this machine; it is also the local rank's.
         card: its memory, bytes.
         server: share of it that the server gets, 0-1.
+        kv_cache: of the server, bytes.
         trainer_needs: bytes, see `trainer_bytes`.
     """
 
     gpu: int
     card: int
     server: float
+    kv_cache: int
     trainer_needs: int
 
     @property
     def trainer(self) -> float:
-        """Share that the trainer is held to."""
+        """Share that is the trainer's."""
         return 1 - self.server - _MARGIN
 
     def describe(self) -> str:
         return (
             f"it shares GPU {self.gpu} with a rank: {self.server:.2f} of {self.card / GIB:.0f} GiB = "
-            f"{self.server * self.card / GIB:.0f} GiB for the server, about {self.trainer_needs / GIB:.0f} GiB for the rank"
+            f"{self.server * self.card / GIB:.0f} GiB for the server (KV cache {self.kv_cache / GIB:.1f}), about "
+            f"{self.trainer_needs / GIB:.0f} GiB for the rank"
         )
 
     def hold_trainer(self) -> None:
         """On the rank that shares: no more of the GPU than the server leaves, so that a server that dies can start again."""
-        torch.cuda.set_per_process_memory_fraction(self.trainer, torch.cuda.current_device())
+        torch.cuda.set_per_process_memory_fraction(self.trainer - _OUTSIDE_BYTES / self.card, torch.cuda.current_device())
 
 
 def share_gpu(
-    gpu: int, card: int, trainer: dict[str, int], server: dict[str, int], *, asked: float | None, most: float
+    gpu: int, card: int, trainer: dict[str, int], server: dict[str, int], *, asked: float | None, most: float, sequences: int
 ) -> Sharing:
     """Split a GPU: the server gets what it needs and most of what is left over, or `asked`.
 
     Args:
         card: memory of the GPU, bytes.
         trainer, server: needs, from `trainer_bytes` and `server_bytes`.
-        asked: `shared_gpu_memory_utilization`, which wins over the arithmetic.
+        asked: `shared_gpu_memory_utilization`, which wins over the estimates.
         most: `vllm_gpu_memory_utilization`.
+        sequences: `server_max_num_seqs`; a KV cache for more full ones would never be used.
 
     Raises:
         ConfigError: the two do not fit on one GPU, with what each needs and what would help.
     """
-    needs, least = sum(trainer.values()), sum(server.values())
-    left = (1 - _MARGIN) * card - needs
-    share = asked if asked is not None else min((least + _SPARE_FOR_SERVER * (left - least)) / card, most)
-    share = math.floor(100 * share) / 100
-    if min(share * card, left if asked is None else card) < least:
+    needs, least, both = sum(trainer.values()), sum(server.values()), (1 - _MARGIN) * card
+    sure = needs
+    if asked is None:
+        share = math.floor(100 * min((least + _SPARE_FOR_SERVER * (both - needs - least)) / card, most)) / 100
+    else:  # by someone who knows better than the estimates; of these, the optimizer states are exact
+        share, sure = asked, trainer["states"] + _OUTSIDE_BYTES
+    if min(share * card, both - sure) < least:
         raise ConfigError(
             f"One GPU of {card / GIB:.0f} GiB does not hold a training rank and its rollout server. The rank needs about "
             f"{needs / GIB:.0f} GiB ({_terms(trainer)}). The server needs {least / GIB:.0f} GiB ({_terms(server)}), and would "
@@ -155,7 +166,14 @@ def share_gpu(
             "lower --max_tokens_per_micro_batch (not below one full sequence), use more ranks, or, if you know better, set "
             "--shared_gpu_memory_utilization."
         )
-    return Sharing(gpu, card, share, needs)
+    if both - share * card < sure:
+        raise ConfigError(
+            f"shared_gpu_memory_utilization={share} leaves {max(both - share * card, 0) / GIB:.1f} GiB of the GPU to the rank, "
+            f"and optimizer states and CUDA alone take {sure / GIB:.1f}. Use at most "
+            f"{math.floor(100 * (both - sure) / card) / 100:.2f}, or leave it out."
+        )
+    one = server["KV cache of one sequence"]
+    return Sharing(gpu, card, share, min(int(share * card) - least + one, sequences * one), needs)
 
 
 def _terms(needs: dict[str, int]) -> str:

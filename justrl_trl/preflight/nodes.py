@@ -1,6 +1,7 @@
-"""Checks for runs on several machines: the weight address is reachable, the run folder is shared."""
+"""Checks of address and run folder: servers can reach rank 0 for weights, all ranks can use the folder."""
 
 import ipaddress
+import os
 import secrets
 import socket
 import time
@@ -72,6 +73,23 @@ def _an_address() -> str | None:
             if one.family == socket.AF_INET and not ipaddress.ip_address(one.address).is_loopback:
                 return one.address
     return None
+
+
+def check_writable_folder(path: Path) -> None:
+    """On rank 0: the run folder is there, or can be made, and files can be written into it. Nothing is written.
+
+    Raises:
+        ConfigError: it cannot, or a part of its path is a file.
+    """
+    path = path.absolute()
+    there = next(part for part in (path, *path.parents) if os.path.lexists(part))
+    if not there.is_dir():
+        raise ConfigError(f"output_dir={str(path)!r} cannot be a folder: {there} is none. Give another --output_dir.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"output_dir={str(path)!r} cannot be written: {there} is read-only, or belongs to another user. Give another "
+            "--output_dir, or change its permissions."
+        )
 
 
 def check_shared_folder(path: Path, state: PartialState) -> None:

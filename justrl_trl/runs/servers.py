@@ -54,6 +54,7 @@ def plan_sharing(training: JustRLConfig, size: ModelSize, *, shards: int, traine
         server_bytes(size, width=4 if training.server_dtype == "float32" else 2, context=training.vllm_max_model_length),
         asked=asked,
         most=training.vllm_gpu_memory_utilization,
+        sequences=training.server_max_num_seqs,
     )
 
 
@@ -77,7 +78,7 @@ def start_servers(
         raise ServerError(f"vllm_server_port={training.vllm_server_port} is one port, managed_servers={count}. Leave it at 0.")
     devices = _devices(training)
     if sharing is not None:
-        devices[0]["gpu_memory_utilization"] = sharing.server
+        devices[0] |= {"gpu_memory_utilization": sharing.server, "gpu_kv_cache_bytes": sharing.kv_cache}
     logs = [log_path.with_stem(f"{log_path.stem}_{index + 1}") if index else log_path for index in range(count)]
     specs = [server_spec(model, training, revision, log, **own) for log, own in zip(logs, devices, strict=True)]
     return [ManagedServer(spec) for spec in specs]

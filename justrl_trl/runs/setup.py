@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 from datasets import Dataset
@@ -21,7 +22,7 @@ from justrl_trl.data.problems import (
 )
 from justrl_trl.data.tiny import ARITHMETIC, TINY_BASE, arithmetic_problems, tiny_base_folder
 from justrl_trl.errors import ConfigError
-from justrl_trl.preflight.nodes import check_weight_address
+from justrl_trl.preflight.nodes import check_weight_address, check_writable_folder
 from justrl_trl.runs.arguments import RunArguments
 
 
@@ -35,12 +36,13 @@ class TrainingData:
 
 
 def check_machine(training: JustRLConfig) -> None:
-    """What rank 0 needs and its machine may lack: an address where servers come for weights, a login at the Hub.
+    """What rank 0 needs and its machine may lack: a folder for the run, an address for weights, a login at the Hub.
 
     Raises:
         ConfigError: which, and what to do.
     """
     if training.distributed_state.is_main_process:
+        check_writable_folder(Path(training.output_dir))
         check_weight_address(training)
         if training.push_to_hub:
             check_hub_login(training)

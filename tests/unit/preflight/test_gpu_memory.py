@@ -8,7 +8,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from justrl_trl.config import JustRLConfig
 from justrl_trl.preflight.gpu_memory import GIB, ModelSize, Sharing, model_size, server_bytes, share_gpu, trainer_bytes
-from justrl_trl.runs.servers import plan_sharing
+from justrl_trl.runs.servers import plan_sharing, start_servers
 
 PAPER = ModelSize(1_777_088_000, layers=28, hidden=1536, intermediate=8960, vocabulary=151_936, kv_heads=2, head_dim=128)
 SEVEN = ModelSize(7_615_616_512, layers=28, hidden=3584, intermediate=18944, vocabulary=152_064, kv_heads=4, head_dim=128)
@@ -34,12 +34,13 @@ def test_terms_are_what_they_say():
     assert trainer(shards=4, trained=0)["states"] == 2 * PAPER.parameters // 4
     assert trainer(checkpointing=False)["activations"] > 10 * needs["activations"]
     assert server()["weights"] == 2 * PAPER.parameters
-    assert server()["KV cache of one sequence"] == 28672 * 32768  # 28 KiB for each token of this model
+    assert server()["KV cache of one sequence"] == 28672 * (32768 + 128)  # 28 KiB for each token of this model
+    assert server(context=100)["KV cache of one sequence"] == 28672 * 128  # in whole blocks
 
 
 @pytest.mark.parametrize("shards", [1, 2, 8])
 def test_server_and_trainer_fit_together_with_something_to_spare(shards):
-    sharing = share_gpu(0, CARD, trainer(shards=shards), server(), asked=None, most=0.85)
+    sharing = share_gpu(0, CARD, trainer(shards=shards), server(), asked=None, most=0.85, sequences=256)
     assert sharing.server * CARD >= sum(server().values())
     assert sharing.trainer * CARD >= 1.15 * sum(trainer(shards=shards).values())  # they are an estimate
     assert sharing.server + sharing.trainer < 1
@@ -48,17 +49,17 @@ def test_server_and_trainer_fit_together_with_something_to_spare(shards):
 def test_a_server_with_0_85_beside_eight_ranks_would_not_have_fitted():
     needs = sum(trainer().values())
     assert 0.85 * CARD + needs > CARD
-    assert share_gpu(7, CARD, trainer(), server(), asked=None, most=0.85).server < 0.85
+    assert share_gpu(7, CARD, trainer(), server(), asked=None, most=0.85, sequences=256).server < 0.85
 
 
 def test_a_small_model_leaves_the_server_no_more_than_it_would_have_alone():
     tiny = ModelSize(600_000, 2, 128, 256, 100, 2, 32)
-    assert share_gpu(0, CARD, trainer(tiny, 1, 4096), server(tiny, 112), asked=None, most=0.4).server == 0.4
+    assert share_gpu(0, CARD, trainer(tiny, 1, 4096), server(tiny, 112), asked=None, most=0.4, sequences=256).server == 0.4
 
 
 def test_what_cannot_fit_is_refused_with_the_figures_and_the_remedies():
     with pytest.raises(ValueError) as raised:
-        share_gpu(0, CARD, trainer(SEVEN, shards=1), server(SEVEN), asked=None, most=0.85)
+        share_gpu(0, CARD, trainer(SEVEN, shards=1), server(SEVEN), asked=None, most=0.85, sequences=256)
     message = str(raised.value)
     for part in ("One GPU of 79 GiB does not hold", "states 127", "--num_processes 4", "--max_tokens_per_micro_batch"):
         assert part in message
@@ -66,22 +67,55 @@ def test_what_cannot_fit_is_refused_with_the_figures_and_the_remedies():
 
 
 def test_who_knows_better_may_say_so_and_is_still_told_when_the_server_cannot_start():
-    assert share_gpu(0, CARD, trainer(shards=1), server(), asked=0.3, most=0.85).server == 0.3
+    assert share_gpu(0, CARD, trainer(shards=1), server(), asked=0.3, most=0.85, sequences=256).server == 0.3
     with pytest.raises(ValueError, match=r"The server needs 8 GiB .*, and would get 0\.05 of the GPU"):
-        share_gpu(0, CARD, trainer(shards=1), server(), asked=0.05, most=0.85)
+        share_gpu(0, CARD, trainer(shards=1), server(), asked=0.05, most=0.85, sequences=256)
 
 
 def test_the_plan_says_who_gets_what():
-    told = share_gpu(7, CARD, trainer(), server(), asked=0.5, most=0.85).describe()
-    assert told == "it shares GPU 7 with a rank: 0.50 of 79 GiB = 40 GiB for the server, about 18 GiB for the rank"
+    told = share_gpu(7, CARD, trainer(), server(), asked=0.5, most=0.85, sequences=256).describe()
+    assert (
+        told == "it shares GPU 7 with a rank: 0.50 of 79 GiB = 40 GiB for the server (KV cache 32.2), about 18 GiB for the rank"
+    )
 
 
 def test_the_trainer_is_held_to_what_the_server_leaves(monkeypatch):
     held = []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 7)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, gpu: held.append((share, gpu)))
-    Sharing(gpu=7, card=CARD, server=0.5, trainer_needs=0).hold_trainer()
-    assert held == [(pytest.approx(0.47), 7)]
+    Sharing(gpu=7, card=80 * GIB, server=0.5, kv_cache=0, trainer_needs=0).hold_trainer()
+    assert held == [(pytest.approx(0.47 - 2 / 80), 7)]  # CUDA's context and NCCL take memory beside torch's allocator
+
+
+def test_the_cache_of_the_server_is_what_its_share_has_beside_weights_and_its_own_needs():
+    sharing = share_gpu(0, CARD, trainer(), server(), asked=0.5, most=0.85, sequences=256)
+    assert sharing.kv_cache == int(0.5 * CARD) - 2 * PAPER.parameters - 4 * GIB
+    few = share_gpu(0, CARD, trainer(), server(), asked=0.5, most=0.85, sequences=3)
+    assert few.kv_cache == 3 * server()["KV cache of one sequence"]  # more could not be used
+
+
+@pytest.mark.parametrize("asked", [0.6, 0.98, 1.0])
+def test_a_share_that_leaves_the_rank_less_than_its_states_is_refused_with_the_most_that_it_may_be(asked):
+    needs = {"trainer": trainer(shards=1), "server": server(), "most": 0.85, "sequences": 256}
+    with pytest.raises(ValueError, match=rf"shared_gpu_memory_utilization={asked} leaves .* take 31.8\. Use at most 0\.56"):
+        share_gpu(0, CARD, asked=asked, **needs)
+    share_gpu(0, CARD, asked=0.56, **needs)
+
+
+def test_a_share_cannot_be_asked_for_where_the_states_leave_none():
+    with pytest.raises(ValueError, match="does not hold a training rank and its rollout server"):
+        share_gpu(0, CARD, trainer(SEVEN, shards=1), server(SEVEN), asked=0.3, most=0.85, sequences=256)
+
+
+def test_the_launch_line_gives_the_server_its_share_and_its_cache(machine, monkeypatch, tmp_path):
+    machine(1, 1)
+    training, started = paper_recipe(), []
+    monkeypatch.setattr("justrl_trl.runs.servers.ManagedServer", started.append)
+    sharing = plan_sharing(training, PAPER, shards=1, trained=PAPER.parameters)
+    start_servers("org/model", training, None, tmp_path / "vllm_server.log", sharing)
+    argv = started[0].command(8000)
+    assert argv[argv.index("--gpu-memory-utilization") + 1] == str(sharing.server)
+    assert argv[argv.index("--kv-cache-memory-bytes") + 1] == str(sharing.kv_cache)
 
 
 def test_the_size_of_a_model_is_that_of_its_config(tmp_path):

@@ -1,5 +1,6 @@
 """A run on several machines that could not work is refused before anything starts."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import psutil
 import pytest
 
 from justrl_trl.config import JustRLConfig
-from justrl_trl.preflight.nodes import check_weight_address
+from justrl_trl.preflight.nodes import check_weight_address, check_writable_folder
+from justrl_trl.runs.setup import check_machine
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -64,6 +66,33 @@ def test_a_port_that_is_taken_is_said_before_the_run():
         with pytest.raises(ValueError, match=rf"cannot listen on port {port} \(vllm_group_port\) of.*in use.*0 for a free one"):
             checked(vllm_group_port=port)
     checked(vllm_group_port=port)  # the check itself does not keep it
+
+
+def test_a_folder_that_can_be_made_or_written_passes_and_nothing_is_made(tmp_path):
+    check_writable_folder(tmp_path)
+    check_writable_folder(tmp_path / "not" / "there")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("below", ["", "run", "a/run"])
+def test_a_run_folder_that_is_a_file_is_refused_before_the_run(tmp_path, below):
+    (tmp_path / "file").touch()
+    training = JustRLConfig(output_dir=str(tmp_path / "file" / below))
+    with pytest.raises(ValueError, match=f"cannot be a folder: {tmp_path}/file is none. Give another --output_dir"):
+        check_machine(training)
+
+
+def test_a_link_to_nowhere_is_no_folder(tmp_path):
+    (tmp_path / "runs").symlink_to(tmp_path / "not_mounted")
+    with pytest.raises(ValueError, match=f"{tmp_path}/runs is none"):
+        check_writable_folder(tmp_path / "runs" / "mine")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_run(tmp_path, monkeypatch):
+    # who runs the tests may be root, for whom only the file system itself can be read-only
+    monkeypatch.setattr(os, "access", lambda path, mode: not (path == tmp_path and mode & os.W_OK))
+    with pytest.raises(ValueError, match=f"cannot be written: {tmp_path} is read-only, or belongs to another user"):
+        check_writable_folder(tmp_path / "run")
 
 
 PROGRAM = """

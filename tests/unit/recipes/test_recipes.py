@@ -1,5 +1,6 @@
 """Every shipped recipe and launch configuration loads, and the paper recipes state every value of Table 2."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,16 @@ EXPECTED = {
     "zero3_8gpu": (1, 8, "bf16"),
     "zero3_32gpu": (4, 32, "bf16"),  # 4 nodes x 8
 }
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *RECIPES, *(ROOT / "recipes").glob("*.md"), *LAUNCHES], ids=lambda p: p.name
+)
+def test_every_file_that_a_text_names_is_there(path):
+    named = re.findall(
+        r"\b(?:justrl_trl|recipes|accelerate_configs|tests)/[\w./-]+\.(?:py|ya?ml|md|sh|png)\b", path.read_text()
+    )
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_every_launch_configuration_is_expected_here():
