@@ -15,8 +15,8 @@ import yaml
 from transformers.trainer_utils import get_last_checkpoint
 from trl import get_peft_config
 
-from justrl_trl.background import Background, wait_for
-from justrl_trl.distributed import leave_together, on_rank_zero
+from justrl_trl.background import Background
+from justrl_trl.distributed import leave_together
 from justrl_trl.preflight.gpu_driver import check_gpu_driver
 from justrl_trl.preflight.nodes import check_shared_folder
 from justrl_trl.runs.arguments import parse_run
@@ -25,7 +25,7 @@ from justrl_trl.runs.heldout import HeldOut
 from justrl_trl.runs.materials import find_materials
 from justrl_trl.runs.progress import RolloutStepPrinter, run_plan
 from justrl_trl.runs.recorder import RecordRun
-from justrl_trl.runs.servers import connect, start_servers
+from justrl_trl.runs.servers import connect, start_servers, wait_for_servers
 from justrl_trl.runs.setup import check_machine
 from justrl_trl.runs.summary import table_lines, write_summary
 from justrl_trl.terminal import quiet_libraries, report_errors, say
@@ -85,8 +85,7 @@ def main() -> None:
     )
     for callback in callbacks:
         callback.trainer = trainer
-    on_rank_zero(lambda: wait_for(connecting), training.distributed_state)
-    trainer.pool = connecting.result if connecting else None
+    trainer.pool = wait_for_servers(connecting, training.distributed_state)
 
     # do it
     checkpoint = training.resume_from_checkpoint

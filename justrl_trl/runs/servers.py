@@ -4,8 +4,11 @@ import os
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
+from justrl_trl.background import Background, wait_for
 from justrl_trl.config import JustRLConfig
+from justrl_trl.distributed import on_rank_zero
 from justrl_trl.errors import ConfigError, ServerError
 from justrl_trl.preflight.gpu_memory import ModelSize, Sharing, server_bytes, share_gpu, trainer_bytes
 from justrl_trl.rollouts.client import RolloutClient
@@ -118,6 +121,20 @@ def connect(model: str, training: JustRLConfig, servers: list[ManagedServer]) ->
         heartbeat_timeout=training.server_heartbeat_timeout,
         wait_seconds=training.server_wait,
     )
+
+
+def wait_for_servers(connecting: Background | None, state: PartialState) -> RolloutPool | None:
+    """On all ranks: the pool on rank 0 once it is connected, None elsewhere. It may take longer than a collective may wait
+    (`vllm_server_timeout` against `ddp_timeout`), so the ranks exchange a sign of life every minute.
+
+    Args:
+        connecting: on rank 0, `connect` under way.
+
+    Raises:
+        ServerError: on rank 0, from `connect`; `StoppedByRankZero` elsewhere.
+    """
+    on_rank_zero(lambda: wait_for(connecting), state)  # which sends what this returns to all ranks; the pool stays
+    return connecting.result if connecting else None
 
 
 def check_server(client: RolloutClient, model: str, training: JustRLConfig) -> None:
