@@ -55,7 +55,7 @@ def broadcast_ragged(rows: list[list[int]] | None, count: int, accelerator: Acce
 
 
 def raise_together(error: Exception | None, accelerator: Accelerator) -> None:
-    """Raise on every rank what went wrong on rank 0, so that no rank waits in a collective for one that has gone.
+    """Raise rank 0's error on every rank, so that no rank waits in a collective for a rank that has left.
 
     Args:
         error: rank 0's exception or None; ignored on other ranks.
@@ -72,7 +72,7 @@ def raise_together(error: Exception | None, accelerator: Accelerator) -> None:
 
 
 def on_rank_zero(work: Callable[[], T], accelerator: Accelerator) -> T:
-    """What `work()` returns on rank 0, on every rank, however long it takes: no collective waits longer than a minute.
+    """Run `work` on rank 0 and return its result on every rank; no collective waits longer than a minute meanwhile.
 
     Args:
         work: called in a thread; its result is pickled, so keep it small.
@@ -110,12 +110,11 @@ def leave_together() -> NoReturn:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process without tearing the interpreter down. Everything else that Python promises for an exit is done:
-    threads are joined, exit functions run, output written.
+    """End this process without the interpreter's teardown, after joining threads, running exit functions and flushing output.
 
-    A thread of the process group may still hold the last collective's tensor; to let it go it needs the interpreter. One in
-    teardown throws such a thread out through C++ that answers with SIGABRT ("terminate called without an active exception";
-    gloo of torch 2.13, three of eight runs on a busy machine).
+    A thread of the process group may still hold the tensor of the last collective, and needs the interpreter to release it.
+    During teardown that aborts the process with SIGABRT ("terminate called without an active exception"; seen with gloo of
+    torch 2.13 in three of eight runs on a busy machine).
     """
     threading._shutdown()  # as multiprocessing does it for its children, which leave in the same way
     atexit._run_exitfuncs()

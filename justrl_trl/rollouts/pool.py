@@ -1,8 +1,8 @@
 """A pool of rollout servers: which are healthy, current, lost, or back.
 
 The pool tracks the state of each server: one that dies, hangs, answers errors or holds old weights gets no prompt until
-it is healthy and current again, and a managed one is started again. `dispatch` asks those that are live; `weights.sender`
-brings the others up to date. Probing threads, one per server, only say which server is up.
+it is healthy and current again; managed servers are restarted. `dispatch` sends prompts to live servers, and
+`weights.sender` updates the others. One thread per server probes its health.
 """
 
 import math
@@ -21,11 +21,11 @@ LIVE, STALE, DOWN = "live", "stale", "down"
 
 
 class AllServersDown(ServerError):
-    """No server came back within the time that the run waits for one."""
+    """No server came back within `wait_seconds`."""
 
 
 class WeightsNeeded(ServerError):
-    """The servers that are healthy hold old weights: push, then go on."""
+    """All healthy servers hold old weights: push, then continue."""
 
 
 @dataclass(eq=False)
@@ -100,7 +100,7 @@ class RolloutPool:
         self.members = [Member(client, server) for client, server in zip(clients, servers, strict=True)]
         self.max_num_seqs, self.wait_seconds, self.say = max_num_seqs, wait_seconds, say
         self.version: str | None = None  # of the weights that a live server holds
-        self._updates = 0  # begun and ended; odd during a push, when what a probe sees of versions means nothing
+        self._updates = 0  # counts begins and ends of pushes; odd during a push, when versions seen by probes do not count
         self._heartbeat, self._heartbeat_timeout = heartbeat_seconds, heartbeat_timeout
         self._lengths: dict[int, float] = {}  # response tokens seen per prompt, for the order of dispatch
         _allow_many_connections()
@@ -112,7 +112,7 @@ class RolloutPool:
     # -- asking -------------------------------------------------------------------------------------------------------
 
     def expected_length(self, prompt: list[int]) -> float:
-        """Response tokens this prompt brought last time; unknown ones count as longest, so that none of them is met late."""
+        """Response tokens of this prompt the last time; infinite for a new prompt, so that new prompts are sent first."""
         return self._lengths.get(hash(tuple(prompt)), math.inf)
 
     def learn_length(self, prompt: list[int], tokens: int) -> None:
@@ -124,7 +124,7 @@ class RolloutPool:
         return [member for member in self.members if member.state == LIVE]
 
     def reachable(self) -> list[Member]:
-        """Live and stale members: those a push can include."""
+        """Live and stale members, which a push can include."""
         return [member for member in self.members if member.state != DOWN]
 
     def require(self, check: Callable[[RolloutClient], None]) -> None:
@@ -136,17 +136,17 @@ class RolloutPool:
         self._checks.append(check)
 
     def lose(self, member: Member, why: Exception | str) -> None:
-        """No more prompts for this one until a probe finds it healthy."""
+        """Mark a member down: it gets no prompts until a probe finds it healthy."""
         if member.state != DOWN:
             member.state, member.failures = DOWN, member.failures + 1
             self._say_out(member, why)
 
     def exclude(self, member: Member, why: str) -> None:
-        """A server that answers, and wrongly: a managed one is started anew, another one stays out until somebody does that,
-        which shows in its weight version."""
+        """Drop a server that is healthy but computes wrongly. A managed server is restarted; any other stays out until its
+        weight version changes, which shows that it was restarted."""
         self.lose(member, why)
         if member.server is not None:
-            member.restart = True  # by the thread that watches it, which alone starts and restarts it
+            member.restart = True  # done by the probing thread, the only one that restarts it
         else:
             member.excluded = self.version
             self.say(f"rollout server {member.url} stays out until it is restarted")
@@ -157,7 +157,7 @@ class RolloutPool:
 
     @contextmanager
     def update(self):
-        """Around a push."""
+        """Context of a push."""
         self._updates += 1
         try:
             yield
@@ -165,7 +165,7 @@ class RolloutPool:
             self._updates += 1
 
     def current(self, members: list[Member], version: str) -> None:
-        """These, and only these, hold `version` now."""
+        """Record that exactly these members hold `version`."""
         self.version = version
         for member in self.members:
             if member in members:

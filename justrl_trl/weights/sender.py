@@ -20,7 +20,7 @@ _PROBE_SECONDS = 5.0
 
 
 class PushBroken(ServerError):
-    """A push failed for the servers that were lost in it; the others may take another one."""
+    """A push failed; servers that caused it were dropped, and the others can take another push."""
 
 
 class WeightSender:

@@ -143,7 +143,7 @@ def test_a_rehearsal_sees_no_gpu(tmp_path):
     assert "CUDA_VISIBLE_DEVICES" not in environment("m", tmp_path, rehearse=False).keys() - os.environ.keys()
 
 
-def test_what_a_part_lacks_is_named():
+def test_missing_packages_of_a_part_are_named():
     assert missing(part("", needs=("torch", "no_such_package")), gpu=True, rehearse=False) == "not installed: no_such_package"
     assert missing(part("", needs=("torch",)), gpu=True, rehearse=False) == ""
     assert missing(part("", needs=("no_such_package",)), gpu=False, rehearse=False) == "not installed: no_such_package"

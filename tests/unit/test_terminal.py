@@ -68,7 +68,7 @@ def test_an_error_that_all_ranks_have_is_printed_once(tmp_path):
     assert done.returncode != 0 and done.stderr.count("epsilon=-1 is refused") == 1
 
 
-def test_what_rank_0_reports_is_not_reported_by_the_others(tmp_path):
+def test_other_ranks_do_not_repeat_rank_0s_error(tmp_path):
     done = on_two_ranks(tmp_path, "0", 'ServerError("no server is left")')
     assert done.stderr.count("no server is left") == 1 and "as rank 0 says" not in done.stderr
 

@@ -202,7 +202,7 @@ def test_a_response_is_handed_over_before_the_others_are_there(make):
     assert early[0] == requests[0].key and len(early) == 12
 
 
-def test_what_storing_raises_ends_the_sampling(make):
+def test_a_storage_error_ends_sampling(make):
     pool, _ = make()
 
     def full(response):
@@ -212,7 +212,7 @@ def test_what_storing_raises_ends_the_sampling(make):
         sample_all(pool, requests_of(TASK, PROMPTS, seed=0), SAMPLING, full)
 
 
-def test_what_took_longest_before_goes_first(make):
+def test_prompts_with_the_longest_earlier_responses_go_first(make):
     pool, (server,) = make(max_num_seqs=1)
     server.respond = lambda body: (time.sleep(0.05), respond(body))[1]
     for prompt, tokens in zip(PROMPTS, (5, 500, 50), strict=True):

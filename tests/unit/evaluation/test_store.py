@@ -28,7 +28,7 @@ def store_of(folder, count: int, **settings) -> SampleStore:
     return store
 
 
-def test_what_was_added_is_read_back_in_order(tmp_path):
+def test_samples_are_read_back_in_order(tmp_path):
     store_of(tmp_path, 3)
     rows = list(SampleStore(tmp_path, SETTINGS).rows())
     assert [key for key, _ in rows] == [("aime24", 0, i) for i in range(3)]
@@ -142,7 +142,7 @@ with SampleStore(Path(sys.argv[1]), {"model": "tiny", "temperature": 0.7, "stop_
 """
 
 
-def test_what_add_has_returned_from_survives_kill_9(tmp_path):
+def test_added_samples_survive_kill_9(tmp_path):
     told = -1
     for _ in range(3):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)

@@ -94,7 +94,7 @@ def test_a_long_response_keeps_its_tail(serve):
     assert text == COMPASS_VERIFIER_PROMPT.format(question="", gold_answer="1", llm_response=response[-kept:])
 
 
-def test_what_is_still_too_long_is_halved(serve):
+def test_a_response_that_is_still_too_long_is_halved(serve):
     lengths = []
 
     def short_sighted(body):

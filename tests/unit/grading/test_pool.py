@@ -51,7 +51,7 @@ def test_verdicts_come_in_the_order_of_the_items_whoever_graded_them(pool):
     assert len(pool._running) == 2 and len({worker.process.pid for worker in pool._running}) == 2
 
 
-def test_what_its_text_decides_starts_no_process():
+def test_items_decided_by_text_start_no_process():
     with GradingPool() as pool:
         items = [
             ("\\boxed{5}", "5"),

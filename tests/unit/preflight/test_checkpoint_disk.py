@@ -41,7 +41,7 @@ def test_a_disk_that_fills_up_is_a_warning_with_what_would_fit(disk):
     plan.check()  # it may be cleared meanwhile
 
 
-def test_what_the_warning_advises_fits(disk):
+def test_the_advised_save_total_limit_fits(disk):
     assert len(disk(300 * GB, save_total_limit=11).describe("")) == 1
     assert len(disk(300 * GB, save_total_limit=12).describe("")) == 2  # a 13th is complete before the first one goes
 

@@ -106,7 +106,7 @@ STARTS = {
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU that works there is nothing to say")
 @pytest.mark.parametrize("start", STARTS)
-def test_it_is_said_at_every_start_before_anything_else(nvidia_smi, start):
+def test_every_script_reports_an_unusable_gpu_before_anything_else(nvidia_smi, start):
     nvidia_smi(NVIDIA_SMI)
     done = subprocess.run([sys.executable, *STARTS[start]], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0

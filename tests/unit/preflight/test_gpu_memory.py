@@ -57,7 +57,7 @@ def test_a_small_model_leaves_the_server_no_more_than_it_would_have_alone():
     assert share_gpu(0, CARD, trainer(tiny, 1, 4096), server(tiny, 112), asked=None, most=0.4, sequences=256).server == 0.4
 
 
-def test_what_cannot_fit_is_refused_with_the_figures_and_the_remedies():
+def test_a_split_that_cannot_fit_is_refused_with_figures_and_remedies():
     with pytest.raises(ValueError) as raised:
         share_gpu(0, CARD, trainer(SEVEN, shards=1), server(SEVEN), asked=None, most=0.85, sequences=256)
     message = str(raised.value)
@@ -66,7 +66,7 @@ def test_what_cannot_fit_is_refused_with_the_figures_and_the_remedies():
     assert "would get 0.00 of the GPU" in message
 
 
-def test_who_knows_better_may_say_so_and_is_still_told_when_the_server_cannot_start():
+def test_an_explicit_share_overrides_the_estimate_unless_the_server_cannot_start():
     assert share_gpu(0, CARD, trainer(shards=1), server(), asked=0.3, most=0.85, sequences=256).server == 0.3
     with pytest.raises(ValueError, match=r"The server needs 8 GiB .*, and would get 0\.05 of the GPU"):
         share_gpu(0, CARD, trainer(shards=1), server(), asked=0.05, most=0.85, sequences=256)

@@ -445,7 +445,7 @@ def test_the_same_command_samples_nothing_again_and_more_samples_only_the_rest(e
     assert oracle.asked == 30 and fourth["scores"]["sums"]["problems"] == 3
 
 
-def test_what_came_before_a_fault_is_kept_and_only_the_rest_is_asked_for(evaluate, oracle, tmp_path):
+def test_samples_before_a_fault_are_kept_and_only_missing_ones_are_requested(evaluate, oracle, tmp_path):
     oracle.fails_after = 7
     with pytest.raises(
         Failed, match=r"\(2, .*out of order.*[567] of 20 samples are in out; the same command goes on from there"

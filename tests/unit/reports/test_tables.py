@@ -150,7 +150,7 @@ def test_settings_are_listed_as_given():
     assert "Settings" not in results_table(nine(), MODEL, GRADER)
 
 
-def test_it_reads_as_plain_text_and_as_github_markdown():
+def test_results_read_as_plain_text_and_as_github_markdown():
     text = results_table(nine(), "a|b\nc", GRADER)
     for table in re.findall(r"(?:^\|.*\|\n)+", text, flags=re.MULTILINE):
         lines = table.splitlines()

@@ -283,7 +283,7 @@ def test_a_server_that_hung_is_not_busy_for_ever(make):
     assert pool.members[0].prompts > before + 10
 
 
-def test_whatever_a_check_raises_its_server_is_probed_again(make):
+def test_a_server_is_probed_again_whatever_its_check_raised(make):
     pool, (first, _) = make(2)
     faults = [KeyError("model_config"), ServerError("another model")]
 

@@ -115,7 +115,7 @@ def test_written_configuration_states_the_recipe_and_not_what_follows_from_the_r
 
 
 @pytest.mark.parametrize("record", ["config.yaml", "validation.jsonl", "metrics.jsonl"])
-def test_whatever_an_earlier_run_has_left_is_moved_aside(folder, record):
+def test_any_record_of_an_earlier_run_is_moved_aside(folder, record):
     (folder.path / record).write_text("old")
     moved = folder.prepare(resume=False)
     assert (moved / record).read_text() == "old" and list(folder.path.iterdir()) == []

@@ -83,7 +83,7 @@ def right(problem: int, sample: int) -> bool:
     return seed_for(1, "sums", problem, sample) % 2 == 0
 
 
-def test_it_comes_before_the_first_every_so_many_and_after_the_last(trained):
+def test_validation_runs_before_first_every_n_and_after_last(trained):
     trainer, folder = trained(3)
     rows = read_jsonl(folder.validation)
     assert [(row["rollout_step"], row["benchmark"]) for row in rows] == [(0, "sums"), (3, "sums"), (4, "sums")]
@@ -96,7 +96,7 @@ def test_it_comes_before_the_first_every_so_many_and_after_the_last(trained):
     assert [row["step"] for row in logged] == [0, 12, 16] and logged[0]["validation/sums/avg@3"] == pytest.approx(share)
 
 
-def test_training_does_not_notice(trained):
+def test_validation_does_not_change_training(trained):
     with_it, without = (trained(every)[0] for every in (1, None))
     assert len(with_it.seen["gradients"]) == 16
     for one, other in zip(with_it.seen["gradients"], without.seen["gradients"], strict=True):
@@ -107,7 +107,7 @@ def test_training_does_not_notice(trained):
         assert rows[0] == rows[1] and len(rows[0]) == 4, name
 
 
-def test_it_draws_no_random_number_of_the_trainer(trained, monkeypatch):
+def test_validation_leaves_the_trainers_random_state_alone(trained, monkeypatch):
     seen = []
     validate = Validate._validate
 
@@ -140,7 +140,7 @@ def test_a_validation_that_fails_costs_no_rollout_step(trained, monkeypatch):
     assert len([row for row in trainer.seen["metrics"] if "reward" in row]) == 2
 
 
-def test_what_has_been_validated_is_not_validated_again(trained):
+def test_a_validated_rollout_step_is_not_validated_again(trained):
     _, folder = trained(2)
     rows = read_jsonl(folder.validation)
     asked = len(trained.server.bodies(COMPLETIONS))
@@ -151,7 +151,7 @@ def test_what_has_been_validated_is_not_validated_again(trained):
     assert read_jsonl(folder.validation) == rows and len(trained.server.bodies(COMPLETIONS)) == asked
 
 
-def test_it_samples_with_settings_of_its_own(trained):
+def test_validation_uses_its_own_sampling_settings(trained):
     trained(4)
     for body in trained.server.bodies(COMPLETIONS):
         assert (body["temperature"], body["top_p"], body["max_tokens"], body["n"]) == (0.7, 0.9, 64, 1)
@@ -159,7 +159,7 @@ def test_it_samples_with_settings_of_its_own(trained):
     assert "?\n\nPlease reason step by step" in text  # the training prompt: a blank line, where evaluate.py has a space
 
 
-def test_its_time_is_a_stage_of_its_own(trained):
+def test_validation_time_is_a_separate_stage(trained):
     trainer, _ = trained(1)
     rows = [row for row in trainer.seen["metrics"] if "reward" in row]
     assert len(rows) == 4 and all(0 < row["seconds/validation"] < row["seconds/total"] for row in rows)

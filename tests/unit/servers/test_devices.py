@@ -54,7 +54,7 @@ def test_gpus_that_are_not_there_are_refused(chosen):
 
 
 @pytest.mark.parametrize("chosen", ["a-b", "-", "1,,2", "two"])
-def test_what_is_not_a_list_of_gpus_is_refused(chosen):
+def test_a_malformed_gpu_list_is_refused(chosen):
     with pytest.raises(ServerError, match="is not a list of GPUs. Write all, 0-7 or 0,2,5"):
         pick_devices(0, gpus=4, chosen=chosen)
 

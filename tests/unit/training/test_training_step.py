@@ -123,7 +123,7 @@ def test_adapters_are_scored_without_their_dropout():
     assert dropped["entropy"] == pytest.approx(plain["entropy"], rel=1e-6)
 
 
-def test_what_was_scored_and_is_then_masked_changes_nothing():
+def test_masking_after_scoring_changes_nothing():
     masked = {"mask_truncated_completions": True}
     assert_same(run("ours", waves=[40], changes=masked), run("ours", changes=masked))
 

@@ -61,7 +61,7 @@ MODELS = {
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", MODELS)
-def test_what_is_announced_is_what_is_sent(kind, dtype):
+def test_manifest_and_stream_agree(kind, dtype):
     weights = PolicyWeights(MODELS[kind](), dtype)
     announced = [(w.name, w.dtype, w.shape) for w in weights.metadata()]
     for _ in range(2):  # every push says the same
@@ -352,7 +352,7 @@ def test_only_the_server_that_differs_is_dropped_and_it_is_named(accelerator, wh
     assert f"{wrong:.3f} on average" in told[0] and f"http://{which} stays out until it is restarted" in told[1]
 
 
-def test_it_is_the_end_if_all_servers_differ(accelerator):
+def test_the_run_ends_if_all_servers_differ(accelerator):
     made, _ = proved(accelerator, 0.3, 0.4)
     with pytest.raises(ServerError, match=r"No server has the trainer.*http://0: .*0\.300 on average.*http://1: .*0\.400 on"):
         made.prove(SEQUENCES, LOGPS, limit=0.1)
@@ -495,7 +495,7 @@ def test_a_server_that_was_lost_while_it_was_paused_decodes_again_when_it_is_bac
     assert not clients[1].paused
 
 
-def test_nobody_uses_a_push_that_not_all_have_received(accelerator):
+def test_a_push_is_loaded_only_after_all_servers_received_it(accelerator):
     clients = [FakeClient(), FakeClient()]
     clients[1].url = "http://second"
     made = sync(accelerator, tiny(), *clients, timeout_seconds=2)
