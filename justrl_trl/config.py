@@ -23,7 +23,7 @@ class JustRLConfig(Rules, GRPOConfig):
     `per_device_train_batch_size` and `gradient_accumulation_steps` are derived; setting one to something else is an error.
 
     Raises:
-        ValueError: naming the value, the reason and the remedy, for every combination that the recipe cannot honour.
+        ConfigError: naming the value, the reason and the remedy, for every combination that the recipe cannot honour.
     """
 
     output_dir: str | None = knob("runs/justrl", "Run folder: everything a run writes is in it.")

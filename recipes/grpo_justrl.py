@@ -5,7 +5,8 @@
         recipes/grpo_justrl.py --config recipes/justrl_deepseek_1.5b.yaml --managed_servers 4   # the paper's model on one node
     ... --dry_run                                                                   # print configuration and plan, exit
 
-Every key of a recipe is an option too (`--learning_rate 5e-7`), and options win. `--help` lists them all.
+Every key of a recipe is an option too (`--learning_rate 5e-7`), and options win. `--help` shows those that are set most,
+`--help_all` all of them.
 """
 
 import time

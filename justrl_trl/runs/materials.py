@@ -4,6 +4,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import datasets
 import huggingface_hub
@@ -90,7 +91,7 @@ def load_tokenizer(model: str, revision: str | None) -> PreTrainedTokenizerBase:
 
 
 def load_size(model: str, revision: str | None) -> ModelSize:
-    """Raises `ConfigError` if the model's config cannot be found or is none of a causal language model."""
+    """Raises `ConfigError` if the model's config cannot be found, or is not that of a causal language model."""
     return _loaded(model, lambda: model_size(model, revision))
 
 
@@ -105,7 +106,9 @@ def _loaded(model: str, load: Callable):
 
 
 def _hub_answers() -> bool:
-    """Whether a connection to the Hub can be opened within three seconds."""
+    """Whether a connection to the Hub can be opened within three seconds, or goes through a proxy."""
+    if getproxies().get("https"):
+        return True
     host = urlsplit(huggingface_hub.constants.ENDPOINT).hostname
     try:
         socket.create_connection((host, 443), timeout=3).close()
